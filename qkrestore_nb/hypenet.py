@@ -205,7 +205,7 @@ class LightningAttention(nn.Module):
         if self.config.lightning_use_qk_norm: q, k = self.q_norm(q), self.k_norm(k)
         if self.config.lightning_use_rope: q, k = rotate(q, *rope), rotate(k, *rope)
         k, v = (y.repeat_interleave(self.H // y.shape[2], 2) for y in (k, v))
-        o, state = linear_attention(q.float() * self.scale, k, v, -decay_slopes(self.H).to(q.device), state)
+        o, state = linear_attention(q.float() * self.scale, k, v, -decay_slopes(self.H, q.device), state)
         if cache is not None:
             past_key_values.update_recurrent_state(state, self.layer_idx)
             cache.has_previous_state[0] = True  # transformers sets it only where there is a convolution
@@ -261,12 +261,13 @@ class HypeNetModel(HypeNetPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None: past_key_values = DynamicCache(config=self.config)
         T, seen = x.shape[1], 0 if past_key_values is None else past_key_values.get_seq_length()
+        given = position_ids  # only positions that the caller chose can say where one document ends and the next begins
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             # padding takes no position: left-padded rows count from their first real token
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
         if position_ids is None: position_ids = torch.arange(seen, seen + T, device=x.device)[None]
         mask = dict(config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=past_key_values,
-                    position_ids=position_ids)
+                    position_ids=given)
         masks = {"full_attention": create_causal_mask(**mask), "linear_attention": create_recurrent_attention_mask(**mask)}
         ropes = {D: rope_angles(position_ids, D, self.config.rope_theta) for D in {self.config.head_dim, self.config.lightning_head_dim}}
         for kind, layer in zip(self.config.layer_types, self.layers):

@@ -9,12 +9,13 @@ import torch
 
 # %% ../nbs/02_linear_attention.ipynb #f14ef64c
 def decay_slopes(
-    H: int,  # number of heads
+    H: int,       # number of heads
+    device=None,  # where the slopes are needed: made there, so that a GPU need not wait for a copy
 ) -> torch.Tensor:
     "One decay rate per head, ALiBi's geometric slopes: 2^(-8h/H), and its interleave where H is no power of two. (H,), positive."
-    def powers(n): return [2 ** (-8 * h / n) for h in range(1, n + 1)]
+    def powers(n): return 2 ** (-8 / n * torch.arange(1, n + 1, device=device))
     n = 2 ** (H.bit_length() - 1)  # the largest power of two that is at most H
-    return torch.tensor((powers(n) + powers(2 * n)[::2])[:H])
+    return torch.cat([powers(n), powers(2 * n)[::2]])[:H]
 
 # %% ../nbs/02_linear_attention.ipynb #be3b30c3
 def linear_attention_quadratic(

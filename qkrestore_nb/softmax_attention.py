@@ -5,6 +5,8 @@ __all__ = ['causal_mask', 'repeat_heads', 'attention_logits', 'softmax_attention
            'rotate', 'log_scale']
 
 # %% ../nbs/01_softmax_attention.ipynb #19cb8c59
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -71,8 +73,7 @@ def rms_norm(
     eps: float = 1e-6,                   # HypeNet's and Qwen3's value
 ) -> torch.Tensor:
     "x over its root mean square; the statistics in float32, the gain in x's own dtype, as HypeNet does."
-    y = x.float()
-    y = (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    y = F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
     return y if gain is None else gain * y
 
 # %% ../nbs/01_softmax_attention.ipynb #a92cd95b
@@ -104,4 +105,4 @@ def log_scale(
     a: float,                 # length at which the scale is 1; HypeNet: 500 to 900
 ) -> torch.Tensor:
     "s_t = ln(t + a) / ln(int(a)), float32: what HypeNet multiplies its softmax queries by (arXiv 2601.22156)."
-    return torch.log(positions.float() + a) / torch.log(torch.tensor(float(int(a)), device=positions.device))
+    return torch.log(positions.float() + a) / math.log(int(a))
