@@ -1,7 +1,8 @@
-"""Train the shipped pair of checkpoints on one modern GPU: `python benchmarks/train_pair.py OUT [SEED]`.
+"""Train the shipped pair of checkpoints on one modern GPU: `python benchmarks/train_pair.py RUN OUT [SEED]`.
 
-Runs `qkrestore experiment --profile gpu` and leaves in OUT what the package ships and what results/ keeps: the two weight
-files and a tar of everything small. Install them with `python benchmarks/install_pair.py OUT`."""
+Runs `qkrestore experiment --profile gpu` in the folder RUN (which may hold an interrupted run, or one that has pre/ and
+pretraining.json already) and collects in OUT what is worth keeping: two weight files and a tar of everything small.
+`python benchmarks/install_pair.py OUT` puts them where the package and results/ want them."""
 import shutil
 import sys
 import tarfile
@@ -9,8 +10,8 @@ from pathlib import Path
 
 from qkrestore_nb.experiment import run
 
-out, seed = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
-folder = run("gpu", out / "run", seed)
+out, seed = Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 0
+folder = run("gpu", sys.argv[1], seed)
 for name in ("pre", "post"): shutil.copy(folder / name / "model.safetensors", out / f"{name}.safetensors")
 with tarfile.open(out / "run.tar", "w") as tar:
     for path in sorted(folder.rglob("*")):

@@ -25,18 +25,18 @@ lengths = (1024, 4096, 16384, 32768)
 recipes = dict(
     gpu=dict(model=dict(hidden_size=256, intermediate_size=704, num_attention_heads=4),
              pretraining=dict(steps=2600, lr=1e-3, warmup=100, weight_decay=.1), pretraining_data=dict(tokens=32768, first=800),
-             sft=dict(steps=800, lr=3e-4, warmup=30), sft_data=dict(rows=128, T=128), probe=50,
-             recall={**{kind: [(T, 64 if T < 9000 else 48, 1) for T in lengths] for kind in ("S1", "S2", "S3")},
+             sft=dict(steps=800, lr=2.5e-4, warmup=60), sft_data=dict(rows=128, T=112), probe=50,
+             recall={**{kind: [(T, 64 if T < 9000 else 32, 1) for T in lengths] for kind in ("S1", "S2", "S3")},
                      "MK": [(T, 16, 8) for T in lengths],
                      "MF": [(1024, 16, 32), (2048, 8, 64), (4096, 8, 64), (16384, 4, 128), (32768, 4, 128)]},
              steps=(1, 2, 4, 8), problems=256),
     smoke=dict(model=dict(hidden_size=64, intermediate_size=128, num_attention_heads=1),
                pretraining=dict(steps=60, lr=2e-3, warmup=10, weight_decay=.1), pretraining_data=dict(tokens=4096, first=60),
-               sft=dict(steps=30, lr=1e-3, warmup=5), sft_data=dict(rows=16, T=128), probe=10,
+               sft=dict(steps=30, lr=1e-3, warmup=5), sft_data=dict(rows=16, T=112), probe=10,
                recall=dict(S1=[(256, 8, 1)], S3=[(256, 8, 1)], MF=[(512, 4, 8)]), steps=(1, 8), problems=16))
 
 variants = dict(  # name -> what of the softmax layers goes back to the checkpoint before SFT; None: everything or nothing
-    pre=None, post=None, restored="qk", q_only="q", k_only="k", vo="vo", interpolated=None)
+    pre=None, post=None, restored="qk", vo="vo", interpolated=None)
 
 # %% ../nbs/10_amnesia.ipynb #1c0b9270
 def evaluate(
@@ -70,7 +70,7 @@ def evaluate(
 # %% ../nbs/10_amnesia.ipynb #fe6998a7
 def save(
     model,         # a HypeNetForCausalLM in float32
-    folder: Path,  # must not exist
+    folder: Path,  # replaced if it is there
 ):
     "A complete checkpoint folder in bfloat16, with tokenizer and generation config, or none at all."
     import copy
@@ -78,7 +78,7 @@ def save(
     from transformers import GenerationConfig
     from qkrestore_nb.recall import tokenizer
     part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
+    for old in (part, folder): shutil.rmtree(old, ignore_errors=True)
     model = copy.deepcopy(model).cpu().to(torch.bfloat16)
     model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=128, pad_token_id=0)
     model.save_pretrained(part)
@@ -106,35 +106,52 @@ def _open_run(out: Path, config: dict) -> Path:
     return out
 
 # %% ../nbs/10_amnesia.ipynb #54d6701d
+def _stage(out: Path, name: str, seed: int, make) -> dict:
+    "Run one stage of training unless its record is there; the record says where and when it ran, how long, and how the loss fell."
+    note = out / f"{name}.json"
+    if not note.exists():
+        then = time.perf_counter()
+        log = make()
+        _write(note, dict(**provenance(seed), wall_s=round(time.perf_counter() - then, 1), log=log))
+    return json.loads(note.read_text())
+
+
 def train_pair(
     recipe: dict,     # one of `recipes`
     out: Path,        # run folder: gets pre/ and post/
     seed: int,
     profile,          # a Profile: device and dtype
 ) -> dict:
-    "Pre-train, save pre; fine-tune on chains of thought, save post. Returns the logs, with a probe of recall and reasoning during SFT."
+    "Pre-train, save pre; fine-tune what was saved on chains of thought, save post. Returns the record of each stage, and a probe during SFT."
     import torch
     from transformers import set_seed
     from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM
     from qkrestore_nb.training import init_weights, pretraining_batch, sft_batch, train
     if profile.device == "cuda": torch.set_float32_matmul_precision("high")
-    set_seed(seed)
+    common = dict(dtype=profile.dtype, workers=min(8, (os.cpu_count() or 1) - 1) if profile.device == "cuda" else 0)
     T, probes = recipe["recall"]["MF"][0][0], json.loads((out / "probes.json").read_text()) if (out / "probes.json").exists() else []
     def probe(step, model):
         if step in [p["step"] for p in probes]: return
         probes.append(dict(step=step, scores=evaluate(model, dict(MF=[(T, 8, T // 32)]), (8,), 64, seed + 1, profile.device)))
         _write(out / "probes.json", probes)
-    common = dict(dtype=profile.dtype, workers=min(8, (os.cpu_count() or 1) - 1) if profile.device == "cuda" else 0)
-    model = init_weights(HypeNetForCausalLM(HypeNetConfig(**model_fields, **recipe["model"]))).to(profile.device)
-    logs = {}
-    logs["pretraining"] = train(model, partial(pretraining_batch, seed=seed, **recipe["pretraining_data"]), **recipe["pretraining"],
-                                file=out / "pretraining.pt", label="pre-training", **common)
-    if not (out / "pre").exists(): save(model, out / "pre")
-    probe(0, model.eval())
-    logs["sft"] = train(model, partial(sft_batch, seed=seed, **recipe["sft_data"]), **recipe["sft"], file=out / "sft.pt",
-                        every=recipe["probe"], look=probe, label="CoT fine-tuning", **common)
-    if not (out / "post").exists(): save(model, out / "post")
-    return dict(logs=logs, probes=probes)
+
+    def pretrain():
+        set_seed(seed)
+        model = init_weights(HypeNetForCausalLM(HypeNetConfig(**model_fields, **recipe["model"]))).to(profile.device)
+        log = train(model, partial(pretraining_batch, seed=seed, **recipe["pretraining_data"]), **recipe["pretraining"],
+                    file=out / "pretraining.pt", label="pre-training", **common)
+        save(model, out / "pre")
+        return log
+
+    def finetune():
+        model = HypeNetForCausalLM.from_pretrained(out / "pre", dtype=torch.float32).to(profile.device)
+        probe(0, model.eval())
+        log = train(model, partial(sft_batch, seed=seed, **recipe["sft_data"]), **recipe["sft"], file=out / "sft.pt",
+                    every=recipe["probe"], look=probe, label="CoT fine-tuning", **common)
+        save(model, out / "post")
+        return log
+
+    return dict(pretraining=_stage(out, "pretraining", seed, pretrain), sft=_stage(out, "sft", seed, finetune), probes=probes)
 
 # %% ../nbs/10_amnesia.ipynb #74f36aaf
 def evaluate_variants(
@@ -174,7 +191,6 @@ def run(
     recipe, then = recipes[machine.name], time.perf_counter()
     out = _open_run(Path(out or f"qkrestore-experiment-{machine.name}-seed{seed}"), dict(profile=machine.name, seed=seed, recipe=recipe, model=model_fields))
     if (out / "results.json").exists(): return out
-    resumed = (out / "pretraining.pt").exists()
     made = train_pair(recipe, out, seed, machine)
     if not (out / "restored").exists(): qk_restore(out / "pre", out / "post", out=out / "restored")
     n = len(variants) * (sum(map(len, recipe["recall"].values())) + 4 * len(recipe["steps"]))
@@ -182,7 +198,7 @@ def run(
         def tell(text): bar.set_postfix_str(text, refresh=False), bar.update()
         scores = evaluate_variants(out / "pre", out / "post", recipe, seed, machine.device, tell)
     result = dict(**provenance(seed, profile=machine.name, recipe=recipe, model=model_fields),
-                  wall_s=round(time.perf_counter() - then, 1), resumed=resumed, scores=scores, **made)
+                  wall_s=round(time.perf_counter() - then, 1), scores=scores, **made)
     _write(out / "results.json", result)
     figure(scores).savefig(out / "results.png")
     return out
@@ -259,7 +275,7 @@ def pair() -> Path:
     return Path(__file__).parent / "pair" if "__file__" in globals() else Path(__import__("qkrestore_nb").__file__).parent / "pair"
 
 
-demo_sizes = dict(recall=dict(MF=[(1024, 4, 32), (2048, 4, 64), (4096, 2, 128)], MK=[(4096, 2, 8)]), steps=(8,), problems=48)
+demo_sizes = dict(recall=dict(MK=[(1024, 8, 8), (4096, 4, 8)], MF=[(1024, 8, 32), (2048, 8, 64), (4096, 4, 128)]), steps=(8,), problems=64)
 full_sizes = dict(recall=dict(S1=[(1024, 32, 1), (4096, 32, 1)], S2=[(1024, 32, 1), (4096, 32, 1)], S3=[(1024, 32, 1), (4096, 32, 1), (16384, 24, 1)],
                               MK=[(1024, 16, 8), (4096, 16, 8), (16384, 4, 8)],
                               MF=[(1024, 16, 32), (2048, 8, 64), (4096, 8, 128), (16384, 2, 256)]), steps=(2, 4, 8), problems=128)

@@ -276,6 +276,8 @@ class HypeNetModel(HypeNetPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
 
 
+
+# %% ../nbs/03_hybrid.ipynb #7c02ca2e
 class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
     "The language model: `from_pretrained`, `generate` and `save_pretrained` are transformers'."
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

@@ -6,20 +6,19 @@ __all__ = ['tasks', 'problem', 'pack', 'reasoning_test', 'solved']
 # %% ../nbs/05_reasoning.ipynb #045bde0b
 import numpy as np
 
-from .recall import digits, encode, keys, letters, token_id
+from .recall import digits, keys, letters, token_id
 
 # %% ../nbs/05_reasoning.ipynb #b6b38ebc
 _rng = np.random.default_rng(1)
-_machine = _rng.integers(0, 10, (4, 10, 10))                                         # one table a rule: digit, neighbour -> digit
-_product = _rng.integers(0, 10, (10, 10))                                            # what * means: a table to learn by heart
-_recode = np.stack([_rng.permutation(10) for _ in range(10)])                        # D: clue, digit -> digit
+_machine = _rng.integers(0, 10, (4, 10, 10))                     # one table a rule: digit, neighbour -> digit
+_product = _rng.integers(0, 10, (10, 10))                        # what * means: a table to learn by heart
+_recode = np.stack([_rng.permutation(10) for _ in range(10)])    # D: clue, digit -> digit
 
 
 def _machine_problem(rng, n, rules):
     "M: three digits, a rule; each step replaces every digit by table[digit, its right neighbour]. The state is all one needs: Markov."
     rule, state = rng.integers(rules), rng.integers(0, 10, 3)
-    question = [token_id[f"r{rule + 1}"], *digits[state]]
-    steps = []
+    question, steps = [token_id[f"r{rule + 1}"], *digits[state]], []
     for _ in range(n):
         state = _machine[rule, state, np.roll(state, -1)]
         steps.append([*digits[state]])
@@ -37,10 +36,11 @@ def _arithmetic_problem(rng, n, rules):
         steps.append([*word, digits[x]])
     return question, steps, [digits[x]], []
 
-
+# %% ../nbs/05_reasoning.ipynb #e475a89f
 def _fact_problem(rng, n, rules, alphabet=digits):
     "D, H: a fact shaped like a needle, rewritten step by step under a new key each time. H shifts letters, D looks digits up."
-    k, v, clue = rng.choice(keys, (n + 1, 2)), rng.integers(0, len(alphabet), 5), rng.integers(10) if alphabet is digits else rng.integers(1, 4)
+    k, v = rng.choice(keys, (n + 1, 2)), rng.integers(0, len(alphabet), 5)
+    clue = rng.integers(10) if alphabet is digits else rng.integers(1, 4)
     fact = lambda k, v: [token_id["N"], *k, token_id["IS"], *alphabet[v], token_id["DOT"]]
     question, steps = [*fact(k[0], v), digits[clue]], []
     for i in range(n):
@@ -55,10 +55,10 @@ tasks = dict(M=_machine_problem, A=_arithmetic_problem, D=_fact_problem,
 # %% ../nbs/05_reasoning.ipynb #eb5485bb
 def problem(
     rng: np.random.Generator,
-    task: str,           # M, A, D or H
-    n: int,              # steps, 1 to 8
-    cot: bool = True,    # True: THINK and every step before the answer; False: the answer at once
-    rules: int = 4,      # how many of M's four rules may be drawn
+    task: str,         # M, A, D or H
+    n: int,            # steps, 1 to 8
+    cot: bool = True,  # True: THINK and every step before the answer; False: the answer at once
+    rules: int = 4,    # how many of M's four rules may be drawn
 ) -> tuple[list[int], list[bool]]:
     """One problem with its worked solution: ids, and which of them a model has to get right (those of the response
     that can be known). Raises ValueError for an unknown task or a number of steps outside 1 to 8."""
@@ -76,18 +76,18 @@ def problem(
     known += [cot] + [True] * (len(answer) + 1)  # without a chain, ANS belongs to the question
     return [int(i) for i in ids], known
 
-# %% ../nbs/05_reasoning.ipynb #a423c708
+# %% ../nbs/05_reasoning.ipynb #1cc4043e
 def pack(
-    problems,           # an iterator of (ids, known)
+    problems,           # an endless iterator of (ids, known)
     B: int,             # rows
     T: int,             # tokens a row
     one: bool = False,  # one problem a row; False: as many as fit, one after another
 ) -> tuple[np.ndarray, np.ndarray]:
     "Rows of problems, filled up with PAD: ids (B, T) and known (B, T). Raises ValueError for a problem longer than a row."
     ids, known = np.full((B, T), token_id["PAD"]), np.zeros((B, T), bool)
-    rows, problems = range(B), iter(problems)
+    problems = iter(problems)
     waiting = next(problems)
-    for b in rows:
+    for b in range(B):
         t = 0
         while t + len(waiting[0]) <= T and not (one and t):
             n = len(waiting[0])
@@ -98,11 +98,11 @@ def pack(
 
 
 def reasoning_test(
-    task: str,      # M, A, D or H
-    n: int,         # steps
-    B: int,         # problems
+    task: str,         # M, A, D or H
+    n: int,            # steps
+    B: int,            # problems
     seed: int = 0,
-    cot: bool = True,
+    cot: bool = True,  # as in `problem`
 ) -> tuple[np.ndarray, np.ndarray]:
     "One problem a row, as long as the longest: ids (B, T) and known (B, T)."
     rng = np.random.default_rng([seed, n, *task.encode()])

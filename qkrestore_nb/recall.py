@@ -140,12 +140,12 @@ def _starts(rng, asked, needles, room, L, at_end):
     "Where each item begins: needles first, then the questions, in the order of a random time. (B, needles + questions)."
     B, questions = asked.shape
     n = needles + questions
-    time, gap = rng.random((B, n)), np.sort(rng.integers(0, room + 1, (B, n)), 1)
+    time, gap = rng.random((B, n)), rng.integers(0, room + 1, (B, n))
     now = np.take_along_axis(time[:, :needles], asked, 1)
     time[:, needles:] = 2 + np.arange(questions) if at_end else now + (1 - now) * time[:, needles:]
-    if at_end: gap[:, needles:] = room
+    if at_end: gap[:, needles:] = room  # all free room lies before the questions
     order = np.argsort(np.argsort(time, 1), 1)
-    return np.take_along_axis(gap + L * np.arange(n), order, 1)
+    return np.take_along_axis(np.sort(gap, 1) + L * np.arange(n), order, 1)
 
 # %% ../nbs/04_recall.ipynb #78c322d4
 tests = dict(  # the haystack, and how many needles a row of T tokens holds

@@ -1,0 +1,41 @@
+"Build the site into docs/site: `python docs/build.py`. Warnings are errors."
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent
+
+
+def mathjax(version: str = "3.2.2") -> None:
+    "MathJax into docs/.mathjax, once: formulas then need no other host. Without npm they load it from its public address."
+    target = DOCS / ".mathjax" / "mathjax"
+    if target.exists(): return
+    with tempfile.TemporaryDirectory() as folder:
+        try: subprocess.run(["npm", "pack", "--silent", f"mathjax@{version}"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        except (OSError, subprocess.CalledProcessError) as e:
+            print(f"npm did not fetch MathJax ({e}): formulas on this site will load it from a public address", file=sys.stderr)
+            return
+        with tarfile.open(next(Path(folder).glob("*.tgz"))) as tar: tar.extractall(folder, filter="data")
+        es5, part = Path(folder) / "package" / "es5", Path(folder) / "part"
+        shutil.copytree(es5 / "output" / "chtml" / "fonts" / "woff-v2", part / "output" / "chtml" / "fonts" / "woff-v2")
+        shutil.copytree(es5 / "input" / "tex" / "extensions", part / "input" / "tex" / "extensions")  # rare macros load them
+        shutil.copy(es5 / "tex-chtml.js", part)
+        target.parent.mkdir(exist_ok=True)
+        shutil.move(part, target)
+
+
+def main() -> int:
+    from prepare import prepare
+    mathjax()
+    prepare()
+    site = DOCS / "site"
+    shutil.rmtree(site, ignore_errors=True)
+    done = subprocess.run([sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-E", "-q", "-b", "html", "-c", DOCS, DOCS / "pages", site])
+    if done.returncode == 0: print(f"{len(list(site.glob('*.html')))} pages: open {site / 'index.html'}")
+    return done.returncode
+
+
+if __name__ == "__main__": sys.exit(main())

@@ -1,0 +1,137 @@
+"Library, README and notebooks say the same, notebooks carry no junk, and each of these checks can fail."
+import configparser
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import qkrestore_nb
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+
+def run(*command, cwd):
+    return subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(cwd)})
+
+
+@pytest.fixture
+def copy(tmp_path):
+    "What the checks look at, somewhere they may change it."
+    for name in ("nbs", "qkrestore_nb", "docs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("pair", "__pycache__", "site", "pages", "mathjax", ".ipynb_checkpoints"))
+    for name in ("settings.ini", "pyproject.toml", "README.md"): shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def files(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for d in ("nbs", "qkrestore_nb") for p in sorted((folder / d).rglob("*"))
+            if p.is_file() and "__pycache__" not in p.parts}
+
+
+def out_of_step(folder) -> list[str]:
+    "The files that nbdev_clean and nbdev_export would change, make or leave behind."
+    before = files(folder)
+    for module in (folder / "qkrestore_nb").glob("*.py"):  # so that a module that no notebook exports any more is noticed
+        if module.name != "__init__.py": module.unlink()
+    for command in ("nbdev_clean", "nbdev_export"):
+        done = run(BIN / command, cwd=folder)
+        assert done.returncode == 0, done.stderr
+    after = files(folder)
+    return sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
+
+
+def test_library_and_notebooks(copy):
+    assert out_of_step(copy) == [], "run nbdev_clean and nbdev_export, and commit what they change"
+
+
+def plant_metadata(folder):
+    path = folder / "nbs" / "00_core.ipynb"
+    nb = json.loads(path.read_text())
+    nb["cells"][1]["metadata"] = {"collapsed": True}
+    path.write_text(json.dumps(nb))
+    return "nbs/00_core.ipynb"
+
+
+def plant_edit(folder):
+    with open(folder / "qkrestore_nb" / "core.py", "a") as f: f.write("\nx = 1\n")
+    return "qkrestore_nb/core.py"
+
+
+def plant_module(folder):
+    (folder / "qkrestore_nb" / "stray.py").write_text("x = 1\n")
+    return "qkrestore_nb/stray.py"
+
+
+def plant_cell(folder):
+    path = folder / "nbs" / "00_core.ipynb"
+    path.write_text(path.read_text().replace("def wilson(", "def willson("))
+    return "qkrestore_nb/core.py"
+
+
+@pytest.mark.parametrize("plant", [plant_metadata, plant_edit, plant_module, plant_cell])
+def test_the_check_can_fail(copy, plant):
+    assert plant(copy) in out_of_step(copy)
+
+
+def test_readme(copy):
+    check = lambda: run(sys.executable, copy / "docs" / "readme.py", "--check", cwd=copy).returncode
+    assert check() == 0, "run python docs/readme.py"
+    with open(copy / "README.md", "a") as f: f.write("more\n")
+    assert check() == 1
+
+
+def problems(nb: dict) -> list[str]:
+    "What must not be in the outputs of a notebook."
+    found, last = [], 0
+    for i, cell in enumerate(nb["cells"]):
+        if cell["cell_type"] != "code": continue
+        text = json.dumps(cell["outputs"])
+        if '"output_type": "error"' in text: found.append(f"cell {i} ended in an error")
+        if '"name": "stderr"' in text: found.append(f"cell {i} shows warnings or progress bars")
+        if path := re.search(r"/(?:tmp|root|home|work|Users)/[\w./-]+", text): found.append(f"cell {i} shows the path {path[0]}")
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda p: p.name)
+def test_outputs(path):
+    nb = json.loads(path.read_text())
+    assert problems(nb) == [], "run python docs/run_notebook.py on it"
+    should = [c for c in nb["cells"] if c["cell_type"] == "code" and "print(" in "".join(c["source"]) and "def " not in "".join(c["source"])
+              and not "".join(c["source"]).startswith("#| hide")]
+    assert not should or any(c["outputs"] for c in should), f"{path.name} was never run: python docs/run_notebook.py {path.name}"
+
+
+def test_output_check_can_fail():
+    cell = lambda **o: dict(cells=[dict(cell_type="code", source=[], outputs=[o])])
+    assert problems(cell(output_type="error", ename="E")) and problems(cell(output_type="stream", name="stderr", text="x"))
+    assert problems(cell(output_type="stream", name="stdout", text="saved to /tmp/x/y")) and not problems(cell(output_type="stream", name="stdout", text="a/b"))
+
+
+def test_fields_that_stand_twice():
+    ini = configparser.ConfigParser()
+    ini.read(ROOT / "settings.ini")
+    ini, toml = ini["DEFAULT"], tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert ini["description"] == toml["description"] and toml["requires-python"] == f">={ini['min_python']}"
+    assert ini["lib_name"] == toml["name"] and ini["version"] == qkrestore_nb.__version__
+
+
+def test_the_pair_has_its_record():
+    "The record that is shipped with the checkpoints is the one in results/."
+    from qkrestore_nb.experiment import pair
+    record = json.loads((pair() / "provenance.json").read_text())
+    assert {"seed", "config", "versions", "device", "wall_s", "scores"} <= record.keys()
+    name = f"{record['config']['profile']}-hypenet7m-seed{record['seed']}.json"
+    assert json.loads((ROOT / "results" / "experiment" / name).read_text()) == record
+    assert sum(p.stat().st_size for p in pair().rglob("*.safetensors")) <= 32e6
+
+
+def test_readme_has_the_two_commands():
+    fences = re.findall(r"^```bash\n(.*?)\n```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    assert fences[:2] == ["pip install . && qkrestore demo", 'pip install ".[dev]" && pytest']
