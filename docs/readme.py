@@ -1,51 +1,60 @@
-"""README.md from nbs/index.ipynb: `python docs/readme.py` writes it, `--check` only says whether it is in step.
+"""README.md from nbs/index.ipynb: `python docs/readme.py` writes it, `--check` says whether it is in step, `--commands` prints its two set-up commands.
 
 Outputs are the committed ones. Hidden cells go, figures go to docs/images, links to notebooks lead to nbs/."""
-import base64
+import os
 import re
 import sys
 from pathlib import Path
 
-import nbformat
-from prepare import directives
+ROOT = Path(__file__).resolve().parent.parent
+README, IMAGES = ROOT / "README.md", ROOT / "docs" / "images"
+COMMANDS = ["pip install . && qkrestore demo", 'pip install ".[dev]" && pytest']
 
-ROOT = Path(__file__).parent.parent
-IMAGES = ROOT / "docs" / "images"
+
+def commands(text: str) -> list[str]:
+    "The lines that set everything up, each in a bash fence of its own. Raises ValueError if they are not exactly those that CI is to run."
+    found = [f for f in re.findall(r"^```bash\n(.*?)\n```$", text, flags=re.M | re.S) if f.startswith("pip ")]
+    if found != COMMANDS: raise ValueError(f"README.md should hold the bash fences {COMMANDS}, each of one line, and has {found}")
+    return found
 
 
 def readme() -> tuple[str, dict[str, bytes]]:
     "The text, and the figures by file name."
-    nb, parts, images = nbformat.read(ROOT / "nbs" / "index.ipynb", 4), [], {}
+    import nbformat
+    from nbconvert import MarkdownExporter
+    from prepare import code_cell, relink
+    nb, cells = nbformat.read(ROOT / "nbs" / "index.ipynb", 4), []
     for cell in nb.cells:
-        if cell.cell_type == "markdown":
-            parts.append(re.sub(r"\]\((\w+\.ipynb)\)", r"](nbs/\1)", cell.source))
-            continue
-        found, source = directives(cell.source)
-        if "hide" in found: continue
-        if "echo: false" not in found: parts.append(f"```python\n{source}\n```")
-        for o in cell.get("outputs", []):
-            data = o.get("data", {})
-            if o.output_type == "stream": parts.append(f"```text\n{o.text.rstrip()}\n```")
-            elif "image/png" in data:
-                name = f"index-{len(images)}.png"
-                images[name] = base64.b64decode(data["image/png"])
-                parts.append(f"![{o.metadata.get('alt', 'recall and reasoning before, after and restored')}](docs/images/{name})")
-            elif "text/markdown" in data: parts.append("".join(data["text/markdown"]))
-    return "\n\n".join(p.strip() for p in parts) + "\n", images
+        cells += code_cell(cell, None, "before, after and restored") if cell.cell_type == "code" else [cell]
+    for c in cells:
+        if c.cell_type == "code": c.metadata["transient"] = {"remove_source": "remove-input" in c.metadata["tags"]}
+    nb.cells, nb.metadata["language_info"] = cells, {"name": "python"}
+    text, resources = MarkdownExporter().from_notebook_node(nb, {"unique_key": "index", "output_files_dir": "docs/images"})
+    alts = iter([c.metadata["mystnb"]["image"]["alt"] for c in nb.cells if c.cell_type == "code"
+                 for o in c.outputs if any(k.startswith("image/") for k in o.get("data", {}))])
+    text = re.sub(r"!\[(?:png|svg|jpeg)\]\(docs/images/", lambda m: f"![{next(alts)}](docs/images/", text)
+    text = relink(text, lambda t: t if t.startswith("docs/images/") else os.path.normpath(f"nbs/{t}"))
+    text = re.sub(r"[ \t]+$", "", text, flags=re.M)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", {Path(k).name: v for k, v in resources["outputs"].items()}
 
 
-def main() -> int:
+def main(mode: str | None = None) -> int:
+    if mode == "--commands":
+        print(*commands(README.read_text()), sep="\n")
+        return 0
     text, images = readme()
-    if "--check" in sys.argv:
-        same = (ROOT / "README.md").is_file() and (ROOT / "README.md").read_text() == text
-        same = same and {p.name: p.read_bytes() for p in IMAGES.glob("index-*.png")} == images
+    commands(text)
+    if mode == "--check":
+        same = README.is_file() and README.read_text() == text and {p.name: p.read_bytes() for p in IMAGES.glob("*")} == images
         if not same: print("README.md or docs/images is out of step with nbs/index.ipynb: run `python docs/readme.py`", file=sys.stderr)
         return 0 if same else 1
     IMAGES.mkdir(exist_ok=True)
-    for old in IMAGES.glob("index-*.png"): old.unlink()
+    for old in IMAGES.glob("*"): old.unlink()
     for name, data in images.items(): (IMAGES / name).write_bytes(data)
-    (ROOT / "README.md").write_text(text)
+    README.write_text(text)
     return 0
 
 
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__":
+    try: sys.exit(main(*sys.argv[1:]))
+    except ValueError as e: sys.exit(str(e))

@@ -256,17 +256,16 @@ def table(
     scores: dict,     # variant -> test -> length -> {correct, n}
     columns=None,     # variants to show; None: pre, post, restored
 ) -> str:
-    "Percent right with 95% intervals, and how much of the damage restoring brings back; plain text."
+    "Percent right with 95% intervals, and the share of the damage that restoring regains, where the damage is clear of both intervals; plain text."
     columns = list(columns or names)
-    lines = [f"{'test':<12}{'length':>8}{'n':>6}" + "".join(f"{v:>20}" for v in columns) + f"{'regained':>11}"]
+    lines = [f"{'test':<8}{'length':>8}{'n':>6}" + "".join(f"{v:>20}" for v in columns) + f"{'regained':>11}"]
     for test, cells in scores["pre"].items():
         for x in cells:
-            got = {v: scores[v][test][x] for v in scores}
-            share = {v: c["correct"] / c["n"] for v, c in got.items()}
-            cell = lambda v: "{:.0f}% ({:.0f} to {:.0f})".format(100 * share[v], *(100 * y for y in wilson(**{"k": got[v]["correct"], "n": got[v]["n"]})))
-            damage = share["pre"] - share["post"]
-            back = f"{100 * (share['restored'] - share['post']) / damage:.0f}%" if damage > .02 else "no damage" if damage > -.02 else "gained"
-            lines.append(f"{test:<12}{x:>8}{got['pre']['n']:>6}" + "".join(f"{cell(v):>20}" for v in columns) + f"{back:>11}")
+            share = {v: _points(scores[v], test)[list(cells).index(x)] for v in scores}
+            text = "".join("{:>20}".format("{:.0f}% ({:.0f} to {:.0f})".format(*share[v][1:])) for v in columns)
+            (_, pre, low, high), (_, post, post_low, post_high) = share["pre"], share["post"]
+            back = "gained" if post_low > high else f"{100 * (share['restored'][1] - post) / (pre - post):.0f}%" if post_high < low else "-"
+            lines.append(f"{test:<8}{x:>8}{cells[x]['n']:>6}{text}{back:>11}")
     return "\n".join(lines)
 
 # %% ../nbs/10_amnesia.ipynb #163299da

@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-# %% ../nbs/01_softmax_attention.ipynb #b7eca582
+# %% ../nbs/01_softmax_attention.ipynb #30d6e162
 def causal_mask(
     T_q: int,     # number of queries; they are the last T_q positions
     T_k: int,     # number of keys
@@ -20,7 +20,7 @@ def causal_mask(
     t = torch.arange(T_k - T_q, T_k, device=device)[:, None]
     return torch.arange(T_k, device=device)[None] <= t
 
-
+# %% ../nbs/01_softmax_attention.ipynb #c8bb7e8e
 def repeat_heads(
     x: torch.Tensor,  # (B, T, n_kv, D) keys or values
     H: int,           # query heads, a multiple of n_kv
@@ -38,21 +38,22 @@ def attention_logits(
     k = repeat_heads(k, q.shape[2])
     return torch.einsum("bthd,bshd->bhts", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
 
-
+# %% ../nbs/01_softmax_attention.ipynb #d26687b4
 def softmax_attention(
     q: torch.Tensor,                    # (B, T_q, H, D)
     k: torch.Tensor,                    # (B, T_k, n_kv, D)
     v: torch.Tensor,                    # (B, T_k, n_kv, D)
-    mask: torch.Tensor | None = None,   # True where a query may look, broadcast to (B, H, T_q, T_k); None: causal
+    mask: torch.Tensor | None = None,   # True where a query may look (somewhere at least), broadcast to (B, H, T_q, T_k); None: causal
     scale: float | None = None,         # None: 1/sqrt(D)
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "The explicit form, which shows its weights: o (B, T_q, H, D) and weights (B, H, T_q, T_k)."
     if mask is None: mask = causal_mask(q.shape[1], k.shape[1], q.device)
-    e = attention_logits(q, k, scale).float().masked_fill(~mask, float("-inf"))
-    weights = e.softmax(-1).to(v.dtype)
+    e = attention_logits(q, k, scale).masked_fill(~mask, float("-inf"))
+    # sums of many small exponentials: never in fewer bits than float32
+    weights = e.softmax(-1, dtype=torch.promote_types(e.dtype, torch.float32)).to(v.dtype)
     return torch.einsum("bhts,bshd->bthd", weights, repeat_heads(v, q.shape[2])), weights
 
-
+# %% ../nbs/01_softmax_attention.ipynb #47179537
 def fused_attention(
     q: torch.Tensor,                    # (B, T_q, H, D)
     k: torch.Tensor,                    # (B, T_k, n_kv, D)
@@ -61,22 +62,23 @@ def fused_attention(
     scale: float | None = None,         # None: 1/sqrt(D)
 ) -> torch.Tensor:
     "The same o without ever storing the T x T weights: PyTorch's fused kernels. (B, T_q, H, D)."
+    # is_causal aligns queries with the first keys, ours are the last ones: only a square leaves no doubt
     square = mask is None and q.shape[1] == k.shape[1]
     if mask is None and not square: mask = causal_mask(q.shape[1], k.shape[1], q.device)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=True).transpose(1, 2)
 
-# %% ../nbs/01_softmax_attention.ipynb #c4ce52f2
+# %% ../nbs/01_softmax_attention.ipynb #3e09187c
 def rms_norm(
     x: torch.Tensor,                     # (..., D)
-    gain: torch.Tensor | None = None,    # (D,); None: no gain
+    gain: torch.Tensor | None = None,    # (D,) g in the formula, learned; None: no gain
     eps: float = 1e-6,                   # HypeNet's and Qwen3's value
 ) -> torch.Tensor:
     "x over its root mean square; the statistics in float32, the gain in x's own dtype, as HypeNet does."
     y = F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
     return y if gain is None else gain * y
 
-# %% ../nbs/01_softmax_attention.ipynb #a92cd95b
+# %% ../nbs/01_softmax_attention.ipynb #4b263031
 def rope_angles(
     positions: torch.Tensor,  # (..., T) token positions
     D: int,                   # head dimension, even
@@ -88,7 +90,7 @@ def rope_angles(
     angle = torch.cat([angle, angle], -1)
     return angle.cos(), angle.sin()
 
-
+# %% ../nbs/01_softmax_attention.ipynb #f76dc08f
 def rotate(
     x: torch.Tensor,    # (B, T, H, D)
     cos: torch.Tensor,  # (B or 1, T, D)
@@ -99,10 +101,10 @@ def rotate(
     cos, sin = cos[..., None, :].to(x.dtype), sin[..., None, :].to(x.dtype)
     return x * cos + torch.cat([-b, a], -1) * sin
 
-
+# %% ../nbs/01_softmax_attention.ipynb #61c80e68
 def log_scale(
     positions: torch.Tensor,  # (..., T) 0-based token positions
-    a: float,                 # length at which the scale is 1; HypeNet: 500 to 900
+    a: float,                 # about the length up to which nothing changes; HypeNet: 500 to 900
 ) -> torch.Tensor:
     "s_t = ln(t + a) / ln(int(a)), float32: what HypeNet multiplies its softmax queries by (arXiv 2601.22156)."
     return torch.log(positions.float() + a) / math.log(int(a))
