@@ -175,7 +175,7 @@ def evaluate_variants(
         scores[name] = evaluate(model.to(device), recipe["recall"], recipe["steps"], recipe["problems"], seed, device, lambda t: tell(f"{name}: {t}"))
     return scores
 
-
+# %% ../nbs/10_amnesia.ipynb #acc9d8b4
 def run(
     profile: str | None = None,      # smoke or gpu; None: what this machine can do
     out: str | Path | None = None,   # run folder; None: ./qkrestore-experiment-<profile>-seed<seed>. An interrupted run goes on
@@ -241,7 +241,7 @@ def figure(
         ax.set_xticks(x, [f"{t // 1024}K" if t >= 1024 else str(t) for t in x], minor=False)
         ax.set(title=(titles or {}).get(test, f"recall {test}"), xlabel="tokens", ylim=(-3, 103))
     axes[0].set_ylabel("exact answers, %")
-    axes[0].legend(loc="lower left")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
     for i, v in enumerate(names):
         c = pooled(scores[v], steps)
         share, (low, high) = 100 * c["correct"] / c["n"], (100 * y for y in wilson(c["correct"], c["n"]))
@@ -273,7 +273,7 @@ def pair() -> Path:
     "The folder of the shipped pair of checkpoints: pre/, post/ and provenance.json."
     return Path(__file__).parent / "pair" if "__file__" in globals() else Path(__import__("qkrestore_nb").__file__).parent / "pair"
 
-
+# %% ../nbs/10_amnesia.ipynb #85623220
 demo_sizes = dict(recall=dict(MK=[(1024, 8, 8), (4096, 4, 8)], MF=[(1024, 8, 32), (2048, 8, 64), (4096, 4, 128)]), steps=(8,), problems=64)
 full_sizes = dict(recall=dict(S1=[(1024, 32, 1), (4096, 32, 1)], S2=[(1024, 32, 1), (4096, 32, 1)], S3=[(1024, 32, 1), (4096, 32, 1), (16384, 24, 1)],
                               MK=[(1024, 16, 8), (4096, 16, 8), (16384, 4, 8)],
