@@ -34,6 +34,7 @@ def main() -> int:
     site = DOCS / "site"
     shutil.rmtree(site, ignore_errors=True)
     done = subprocess.run([sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-E", "-q", "-b", "html", "-c", DOCS, DOCS / "pages", site])
+    shutil.rmtree(DOCS / "jupyter_execute", ignore_errors=True)  # myst-nb's copies of the figures, already in the site
     if done.returncode == 0: print(f"{len(list(site.glob('*.html')))} pages: open {site / 'index.html'}")
     return done.returncode
 
