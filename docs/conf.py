@@ -8,7 +8,6 @@ from typing import Annotated, get_args, get_origin
 
 DOCS = Path(__file__).resolve().parent
 sys.path[:0] = [str(DOCS.parent), str(DOCS)]
-from prepare import settings  # noqa: E402
 
 project, author, copyright = "qkrestore_nb", "The qkrestore_nb authors", "2026, the qkrestore_nb authors"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx_copybutton", "sphinx_design"]
@@ -28,8 +27,7 @@ html_static_path, html_css_files = ["_static"], ["site.css"]
 html_context = {"default_mode": "auto"}
 html_copy_source = html_show_sourcelink = False
 html_theme_options = {"navbar_start": [], "navbar_center": [], "navbar_end": [], "navbar_persistent": [], "use_download_button": False,
-                      "use_fullscreen_button": False, "use_repository_button": True, "show_toc_level": 2, "home_page_in_toc": True,
-                      "repository_url": f"https://github.com/{settings()['user']}/{settings()['repo']}"}
+                      "use_fullscreen_button": False, "show_toc_level": 2, "home_page_in_toc": True}
 
 if (DOCS / ".mathjax").exists():  # docs/build.py put it there: no request leaves the site
     html_static_path.append(".mathjax")

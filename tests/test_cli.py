@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import snapshot
+from conftest import snapshot, write_checkpoint
 
 from qkrestore_nb import __version__
 from qkrestore_nb.cli import main
@@ -19,6 +19,15 @@ def call(*words) -> int:
 def real(*words, **kw):
     "In a process of its own, as a user runs it."
     return subprocess.run([sys.executable, "-c", "from qkrestore_nb.cli import main; main()", *map(str, words)], capture_output=True, text=True, **kw)
+
+
+def test_bad_input_is_one_sentence_and_exit_code_2(bad, tmp_path, capsys):
+    paths, sentence = bad
+    before = snapshot(tmp_path)
+    assert call("restore", paths["pre"], paths["post"], paths["out"]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("Error: ") and err.count("\n") == 1 and sentence in err and not out
+    assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("words", [["--layers", "softmx"], ["--layers", "9"], ["--layers", "3,,7"], ["--layers", "-1"], ["--layers", ""], ["--projections", "qx"], ["--projections", ""]])
