@@ -129,3 +129,178 @@ def test_saved_loads_and_decodes_the_same(tmp_path, fields):
                                           (dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "yarn")])
 def test_a_config_that_cannot_be(fields, word):
     with pytest.raises(ValueError, match=word): _tiny(**fields)
+
+
+@pytest.mark.parametrize("size, parameters, qk", [("2B", "1.926", "44.0"), ("5B", "4.825", "118.0"), ("9B", "8.852", "188.7")])
+def test_presets_have_the_published_counts(size, parameters, qk):
+    with torch.device("meta"): model = HypeNetForCausalLM(HypeNetConfig.preset(size))
+    assert f"{sum(p.numel() for p in model.parameters()) / 1e9:.3f}" == parameters
+    softmax = [layer.self_attn for kind, layer in zip(model.config.layer_types, model.model.layers) if kind == "full_attention"]
+    assert f"{sum(m.q_proj.weight.numel() + m.k_proj.weight.numel() for m in softmax) / 1e6:.1f}" == qk
+
+
+@pytest.mark.parametrize("model_type", ["hypenet", "hybrid"])
+def test_the_published_naming_of_the_2b(tmp_path, model_type):
+    model = _tiny()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    theirs = json.loads(file.read_text()) | {"model_type": model_type, "architectures": ["HybridForCausalLM"],
+        "auto_map": {"AutoConfig": "configuration_hybrid.HybridConfig", "AutoModelForCausalLM": "modeling_hybrid.HybridForCausalLM"},
+        "gdn_nh": None, "kda_head_dim": 64, "expand_kv_proj": False, "lightning_rope_scaling": None}
+    file.write_text(json.dumps(theirs))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()  # no trust_remote_code, and no question asked
+    assert isinstance(again, HypeNetForCausalLM) and again.config.kda_head_dim == 64
+    ids = torch.randint(1, 64, (1, 20))
+    with torch.no_grad(): assert_close(again(ids).logits, model(ids).logits, atol=0, rtol=0)
+    again.save_pretrained(tmp_path / "again")
+    saved = json.loads((tmp_path / "again/config.json").read_text())
+    assert "auto_map" not in saved and saved["kda_head_dim"] == 64 and "base_model_tp_plan" not in saved
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("conv", [False, True])
+@pytest.mark.parametrize("borders_as", ["position_ids", "cu_seq_lens"])
+def test_packed_documents_do_not_see_each_other(conv, attention, borders_as):
+    model, lengths = _tiny(lightning_use_short_conv=conv), (70, 1, 3, 64, 21)
+    model.set_attn_implementation(attention)
+    documents = [torch.randint(1, 64, (1, n)) for n in lengths]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    how = dict(position_ids=positions)
+    if borders_as == "cu_seq_lens": how |= dict(cu_seq_lens_q=torch.tensor([0, *lengths]).cumsum(0))
+    packed = model(torch.cat(documents, 1), **how)  # use_cache is on by default and must not bring the leak back
+    assert packed.past_key_values is None
+    alone = torch.cat([model(d).logits for d in documents], 1)
+    assert_close(packed.logits, alone, atol=2e-5, rtol=0)
+    grads = [torch.autograd.grad(x.sin().sum(), list(model.parameters())) for x in (packed.logits, alone)]
+    for a, b in zip(*grads): assert_close(a, b, atol=1e-4 * b.abs().max().item() + 1e-6, rtol=0)
+
+
+def test_packed_documents_want_no_cache():
+    model, ids = _tiny(), torch.randint(1, 64, (1, 12))
+    from transformers import DynamicCache
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model(ids, position_ids=torch.arange(6).repeat(2)[None], past_key_values=DynamicCache(config=model.config))
+
+
+@pytest.mark.parametrize("conv", [False, True])
+def test_static_cache_prefill_in_pieces_and_decode(conv):
+    from transformers import StaticCache
+    from qkrestore_nb.hypenet import prefill
+    model, ids = _tiny(lightning_use_short_conv=conv), torch.randint(1, 64, (2, 60))
+    with torch.no_grad():
+        whole, cache = model(ids).logits, StaticCache(config=model.config, max_cache_len=60)
+        last, _ = prefill(model, ids[:, :50], 16, cache)
+        assert_close(last, whole[:, 49:50], atol=5e-5, rtol=0)
+        for t in range(50, 60): assert_close(model(ids[:, t:t + 1], past_key_values=cache).logits, whole[:, t:t + 1], atol=5e-5, rtol=0)
+        with pytest.raises(ValueError, match="room for 60 tokens and 61"): model(ids[:, :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize("conv", [False, True])
+@pytest.mark.parametrize("ways", [dict(), dict(num_beams=3), dict(cache_implementation="static"), dict(prefill_chunk_size=7)])
+def test_ways_to_generate_agree(ways, conv):
+    model, ids = _tiny(lightning_use_short_conv=conv), torch.randint(1, 64, (2, 20))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    keep = dict(attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    if "num_beams" in ways: reference = model.generate(ids, use_cache=False, num_beams=3, **keep)
+    else: reference = model.generate(ids, use_cache=False, **keep)
+    assert model.generate(ids, **keep, **ways).tolist() == reference.tolist()
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model, ids = _tiny().train(), torch.randint(1, 64, (2, 70))
+    grads = []
+    for on in (False, True):
+        if on: model.gradient_checkpointing_enable()
+        loss = model(ids, labels=ids, use_cache=False).loss
+        grads.append(torch.autograd.grad(loss, list(model.parameters())))
+    for a, b in zip(*grads): assert_close(a, b)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_training_step_compiles_in_one_graph(packed):
+    model, ids = _tiny(lightning_use_short_conv=True).train(), torch.randint(1, 64, (2, 128))
+    how = dict(labels=ids, use_cache=False) | (dict(position_ids=torch.arange(64).repeat(2).expand(2, -1)) if packed else {})
+    step = torch.compile(lambda **x: model(**x).loss, fullgraph=True, backend="aot_eager")
+    losses = [f(input_ids=ids, **how) for f in (lambda **x: model(**x).loss, step)]
+    grads = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
+    assert_close(*losses)
+    for a, b in zip(*grads): assert_close(a, b, atol=1e-4 * a.abs().max().item() + 1e-6, rtol=1e-3)
+
+
+def test_decoding_in_a_static_cache_compiles_in_one_graph():
+    from transformers import StaticCache
+    model, ids = _tiny(), torch.randint(1, 64, (2, 40))
+    step = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        whole, cache = model(ids).logits, StaticCache(config=model.config, max_cache_len=48)
+        model(ids[:, :30], past_key_values=cache)
+        for t in range(30, 40): assert_close(step(input_ids=ids[:, t:t + 1], past_key_values=cache).logits, whole[:, t:t + 1], atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.bfloat16, .15), (torch.float16, .02)])
+def test_half_precision(dtype, error):
+    model, ids = _tiny(), torch.randint(1, 64, (2, 100))
+    with torch.no_grad():
+        exact = model(ids).logits
+        half = model.to(dtype)(ids).logits.float()
+    assert (half - exact).norm() / exact.norm() < error
+
+
+def test_float16_sums_of_the_linear_layers_do_not_overflow():
+    model, ids = _tiny(), torch.full((1, 1500), 7)  # the same token again and again: the state adds it up
+    layer = model.model.layers[0].self_attn
+    layer.v_proj.weight.data *= 300
+    for norm in (layer.q_norm, layer.k_norm): norm.weight.data.fill_(3)
+    seen = []
+    layer.o_norm.register_forward_pre_hook(lambda m, x: seen.append(x[0].float().abs().max().item()))
+    with torch.no_grad():
+        exact = model(ids).logits
+        half = model.half()(ids).logits.float()
+    assert seen[-1] > 65504, "this test must reach what float16 cannot hold"
+    assert half.isfinite().all() and (half - exact).norm() / exact.norm() < .02
+
+
+def test_padding_in_the_middle_is_refused():
+    mask = torch.ones(2, 10, dtype=torch.long)
+    mask[1, 4] = 0
+    with pytest.raises(ValueError, match="row 1 .* padding between tokens"): _tiny()(torch.randint(1, 64, (2, 10)), attention_mask=mask)
+
+
+def test_contradicting_layer_lists():
+    kinds = ["linear_attention", "full_attention", "full_attention", "linear_attention"]
+    assert _tiny(layer_types=kinds).config.layer_types == kinds
+    with pytest.raises(ValueError, match="contradict"): _tiny(layer_types=kinds[::-1] + ["full_attention"])
+
+
+def test_device_map_offloads(tmp_path):
+    model, ids = _tiny(), torch.randint(1, 64, (2, 30))
+    model.save_pretrained(tmp_path)
+    where = {name: "cpu" for name in ("model.embed_tokens", "model.layers.0", "model.layers.2", "model.norm", "lm_head")}
+    where |= {"model.layers.1": "disk", "model.layers.3": "disk"}
+    again = HypeNetForCausalLM.from_pretrained(tmp_path, device_map=where, offload_folder=tmp_path / "off")
+    with torch.no_grad(): assert_close(again(ids).logits, model(ids).logits, atol=0, rtol=0)
+
+
+def test_tensor_parallel_on_two_processes(tmp_path):
+    import socket, subprocess, sys
+    model, ids = _tiny(), torch.arange(1, 31)[None]
+    model.save_pretrained(tmp_path)
+    with torch.no_grad(): torch.save(model(ids).logits, tmp_path / "logits.pt")
+    script = tmp_path / "run.py"
+    script.write_text(f"""
+import torch
+from qkrestore_nb.hypenet import HypeNetForCausalLM
+model = HypeNetForCausalLM.from_pretrained({str(tmp_path)!r}, tp_plan="auto").eval()
+split = model.model.layers[1].mlp.up_proj.weight
+assert getattr(split, "to_local", lambda: split)().shape[0] == 24, split.shape
+with torch.no_grad(): logits = model(torch.arange(1, 31)[None]).logits
+torch.testing.assert_close(logits, torch.load({str(tmp_path / "logits.pt")!r}), atol=2e-5, rtol=0)
+print("same")
+""")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    out = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}", str(script)],
+                         capture_output=True, text=True, timeout=300, env={**__import__("os").environ, "OMP_NUM_THREADS": "1"})
+    assert out.stdout.count("same") == 2, out.stderr[-2000:]
