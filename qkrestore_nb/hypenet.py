@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'HypeNetConfig', 'HypeNetRMSNorm', 'HypeNetMLP', 'eager_attention', 'HypeNetAttention',
            'LightningAttention', 'HypeNetDecoderLayer', 'HypeNetPreTrainedModel', 'check_padding', 'document_ids',
-           'HypeNetModel', 'HypeNetForCausalLM', 'HybridConfig', 'HybridForCausalLM', 'prefill']
+           'HypeNetModel', 'HypeNetForCausalLM', 'HybridConfig', 'HybridForCausalLM', 'prefill', 'compile_layers']
 
 # %% ../nbs/03_hybrid.ipynb #04fadf2a
 import torch
@@ -188,16 +188,24 @@ class HypeNetAttention(nn.Module):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         return attend(self, q, k, v, attention_mask, scaling=self.D ** -0.5, dropout=dropout, **kwargs)
 
-    def forward(self, x, rope, position_ids, attention_mask=None, past_key_values=None, documents=None, **kwargs):
+    def project(self, x, rope, position_ids):
+        "From x (B, T, d) to q, k, v, each (B, heads, T, D)."
         split = lambda y: y.unflatten(-1, (-1, self.D))
         q, k, v = self.q_norm(split(self.q_proj(x))), self.k_norm(split(self.k_proj(x))), split(self.v_proj(x))
         if self.config.attn_use_rope: q, k = rotate(q, *rope), rotate(k, *rope)
-        q, k, v = self.scale_queries(q, position_ids).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if past_key_values is not None: k, v = past_key_values.update(k, v, self.layer_idx)
-        o, weights = self.attend(q, k, v, attention_mask, **kwargs)
+        return self.scale_queries(q, position_ids).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def finish(self, o, x):
+        "Heads joined, gated, back to (B, T, d)."
         o = o.flatten(2)
         if self.config.attn_use_output_gate: o = o * self.o_gate(x).sigmoid()
-        return self.o_proj(o), weights
+        return self.o_proj(o)
+
+    def forward(self, x, rope, position_ids, attention_mask=None, past_key_values=None, documents=None, **kwargs):
+        q, k, v = self.project(x, rope, position_ids)
+        if past_key_values is not None: k, v = past_key_values.update(k, v, self.layer_idx)
+        o, weights = self.attend(q, k, v, attention_mask, **kwargs)
+        return self.finish(o, x), weights
 
 # %% ../nbs/03_hybrid.ipynb #c5a889dc
 class LightningAttention(nn.Module):
@@ -231,28 +239,38 @@ class LightningAttention(nn.Module):
             y = sum(weight[:, 0, i, None] * x[..., i:i + T] * (d[:, None, i:i + T] == documents[:, None]) for i in range(width))
         return F.silu(y).transpose(1, 2).split(sizes, -1)
 
+    def heads(self, q, k, v, rope):
+        "Joined channels to heads: normed, rotated, repeated; each (B, T, H, D), and q scaled."
+        q, k, v = (y.unflatten(-1, (-1, self.D)) for y in (q, k, v))
+        if self.config.lightning_use_qk_norm: q, k = self.q_norm(q), self.k_norm(k)
+        if self.config.lightning_use_rope: q, k = rotate(q, *rope), rotate(k, *rope)
+        if k.shape[2] < self.H: k, v = (y.repeat_interleave(self.H // y.shape[2], 2) for y in (k, v))
+        return q * self.scale, k, v
+
+    def finish(self, o, x):
+        "Heads joined, normed, gated, back to (B, T, d)."
+        o = o.flatten(2)
+        if self.config.lightning_use_output_norm: o = self.o_norm(o)
+        o = o.to(x.dtype)  # a float16 sum stays float32 until it is normed: it can be larger than float16 holds
+        if self.config.lightning_use_output_gate: o = o * self.z_proj(x).sigmoid()
+        return self.o_proj(o)
+
     def forward(self, x, rope, position_ids, attention_mask=None, past_key_values=None, documents=None, **kwargs):
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         # a padded token must leave no trace: nothing in the convolution, nothing written into the state
         if attention_mask is not None: q, k, v = (y * attention_mask[..., None].to(y.dtype) for y in (q, k, v))
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         state = cache.recurrent_states[0] if cache is not None and cache.has_previous_state[0] else None
-        if self.config.lightning_use_short_conv: q, k, v = self.short_conv(q, k, v, past_key_values, documents)
-        # SiLU(0) = 0, but a token just after the padding must not write for it: mask the value once more
-        if attention_mask is not None: v = v * attention_mask[..., None].to(v.dtype)
-        q, k, v = (y.unflatten(-1, (-1, self.D)) for y in (q, k, v))
-        if self.config.lightning_use_qk_norm: q, k = self.q_norm(q), self.k_norm(k)
-        if self.config.lightning_use_rope: q, k = rotate(q, *rope), rotate(k, *rope)
-        k, v = (y.repeat_interleave(self.H // y.shape[2], 2) for y in (k, v))
-        o, state = linear_attention(q * self.scale, k, v, -decay_slopes(self.H, q.device), state, documents)
+        if self.config.lightning_use_short_conv:
+            q, k, v = self.short_conv(q, k, v, past_key_values, documents)
+            # SiLU(0) = 0, but a token just after the padding must not write for it: mask the value once more
+            if attention_mask is not None: v = v * attention_mask[..., None].to(v.dtype)
+        q, k, v = self.heads(q, k, v, rope)
+        o, state = linear_attention(q, k, v, -decay_slopes(self.H, q.device), state, documents)
         if cache is not None:
             past_key_values.update_recurrent_state(state, self.layer_idx)
             cache.has_previous_state[0] = True  # transformers sets it only where there is a convolution
-        o = o.flatten(2)
-        if self.config.lightning_use_output_norm: o = self.o_norm(o)
-        o = o.to(v.dtype)  # a float16 sum stays float32 until it is normed: it can be larger than float16 holds
-        if self.config.lightning_use_output_gate: o = o * self.z_proj(x).sigmoid()
-        return self.o_proj(o), None
+        return self.finish(o, x), None
 
 # %% ../nbs/03_hybrid.ipynb #b147d683
 class HypeNetDecoderLayer(GradientCheckpointingLayer):
@@ -412,3 +430,15 @@ def prefill(
     if cache is None: cache = DynamicCache(config=model.config)
     for piece in input_ids.split(chunk, 1): x = model.model(piece, past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]
     return model.lm_head(x), cache
+
+# %% ../nbs/03_hybrid.ipynb #2021c752
+def compile_layers(
+    model: "HypeNetForCausalLM",  # changed in place
+) -> "HypeNetForCausalLM":
+    "Compile what lies between the attention kernels, for training and prefill; returns the model. (`generate` compiles decoding itself.)"
+    for layer in model.model.layers:
+        mixer = layer.self_attn
+        for name in ("project", "heads", "finish"):
+            if hasattr(mixer, name): setattr(mixer, name, torch.compile(getattr(mixer, name)))
+        for module in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm): module.compile()
+    return model

@@ -6,6 +6,7 @@ __all__ = ['FORMS', 'linear_attention_recurrent', 'decay_slopes', 'linear_attent
            'delta_rule_quadratic', 'delta_rule_chunked', 'delta_rule_triton']
 
 # %% ../nbs/02_linear_attention.ipynb #779bfdc1
+import contextlib
 import functools
 import logging
 import os
@@ -126,9 +127,12 @@ def linear_attention_chunked(
 
 # %% ../nbs/02_linear_attention.ipynb #e5adb557
 _log = logging.getLogger(__name__)
-_TILES = {  # the few tile sizes that are tried, by kernel: the winners on H100 in results/kernels.json
+_TILES = {  # the few tiles that are tried, by kernel; results/hypenet-gpu-cold.json compares with trying all
     "chunk_fwd_kernel_h": lambda c: c.kwargs == {"BK": 64, "BV": 64} and c.num_warps == 4 and c.num_stages in (2, 3),
     "chunk_bwd_kernel_dh": lambda c: c.kwargs == {"BK": 64, "BV": 64} and c.num_warps == 4 and c.num_stages in (2, 3),
+    "chunk_fwd_kernel_o": lambda c: c.kwargs["BK"] >= 64,
+    "chunk_bwd_kernel_dqkwg": lambda c: c.num_warps == 4 and c.num_stages in (2, 3),
+    "chunk_bwd_kernel_dv": lambda c: c.num_warps == 4 and c.num_stages in (2, 3),
 }
 
 
@@ -143,7 +147,7 @@ def _fla():
     import fla.ops.common.chunk_h, fla.ops.common.chunk_o, fla.ops.simple_gla.chunk
     if os.environ.get("QKRESTORE_AUTOTUNE") != "full":
         for name, keep in _TILES.items():
-            kernel = getattr(fla.ops.common.chunk_h, name)
+            kernel = getattr(fla.ops.common.chunk_h if name.endswith("h") else fla.ops.common.chunk_o, name)
             while not hasattr(kernel, "configs"): kernel = kernel.fn
             kernel.configs = [c for c in kernel.configs if keep(c)] or kernel.configs
     return fla.ops.simple_gla.chunk
@@ -227,9 +231,11 @@ FORMS = {"recurrent": linear_attention_recurrent, "quadratic": linear_attention_
          "triton": linear_attention_triton}
 
 
+@torch.compiler.assume_constant_result  # the compiler need not look inside
 @functools.cache
-def _why_no_triton(capability: tuple[int, int]) -> str | None:
+def _why_no_triton(device: torch.device) -> str | None:
     "None if fla's kernels can be used; else the reason, which is logged once."
+    capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0): return f"the GPU is sm_{capability[0]}{capability[1]}, and fla's kernels are used from sm_80 on"
     try: _fla()
     except ImportError as e:
@@ -248,7 +254,7 @@ def pick_backend(
     if T < 8: return "recurrent", "only a few tokens"
     if device.type != "cuda": return "chunked", "the tensors are not on a GPU"
     if T < 64: return "chunked", "less than one chunk of the kernels"
-    if reason := _why_no_triton(torch.cuda.get_device_capability(device)): return "chunked", reason
+    if reason := _why_no_triton(device): return "chunked", reason
     return "triton", "a GPU, and flash-linear-attention is there"
 
 
@@ -263,16 +269,17 @@ def linear_attention(
     "One contract for every form; `pick_backend` chooses. Sums in float32; o in v's dtype, but float32 for float16, which overflows."
     backend, _ = pick_backend(q.shape[1], q.device)
     dtype = torch.float32 if v.dtype == torch.float16 else v.dtype
-    if backend != "triton": q, k, v = q.float(), k.float(), v.float()
-    with torch.autocast(q.device.type, enabled=False):
-        o, state = FORMS[backend](q, k, v.to(dtype) if backend == "triton" else v, decay.float(), None if state is None else state.float(), documents)
+    q, k, v = (q, k, v.to(dtype)) if backend == "triton" else (q.float(), k.float(), v.float())
+    # entering autocast's context costs as much as a kernel's launch: only where there is one to leave
+    with torch.autocast(q.device.type, enabled=False) if torch.is_autocast_enabled(q.device.type) else contextlib.nullcontext():
+        o, state = FORMS[backend](q, k, v, decay.float(), state, documents)
     return o.to(dtype), state
 
 # %% ../nbs/02_linear_attention.ipynb #0452da55
 def compare_forms(
     forms: list[str],                # names out of `FORMS`
     device: str = "cpu",             # "triton" needs "cuda"
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32,  # of the inputs, and of the Triton kernels; the other forms compute in float32
     lengths: tuple[int, ...] = (1, 63, 64, 65, 200, 1000),  # tokens; chunks are 64
     H: int = 3, D: int = 32,         # heads (no power of two), head dimension
     decays: tuple[float, float] = (-2 ** -8, -1.0),  # slowest and fastest head of HypeNet's layers, about
@@ -289,7 +296,8 @@ def compare_forms(
         for case, state, documents in (("", None, None), ("state", start, None), ("documents", None, cut.expand(2, -1))):
             results = {}
             for name in ["judge", *forms]:
-                cast = (lambda x: x.clone()) if name == "judge" else (lambda x: x.to(device, dtype))
+                where = dict(judge=("cpu", torch.float64), triton=(device, dtype)).get(name, (device, torch.float32))
+                cast = lambda x: x.detach().clone().to(*where)
                 x = [cast(y).requires_grad_() for y in (q, k, v)]
                 S0 = None if state is None else state.to(x[0].device, torch.float64 if name == "judge" else torch.float32).requires_grad_()
                 d = None if documents is None else documents.to(x[0].device)

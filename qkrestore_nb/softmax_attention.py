@@ -55,6 +55,28 @@ def softmax_attention(
     return torch.einsum("bhts,bshd->bthd", weights, repeat_heads(v, q.shape[2])), weights
 
 # %% ../nbs/01_softmax_attention.ipynb #47179537
+def _in_two(q: torch.Tensor) -> bool:
+    "Whether cuDNN's attention, which returns its log-sum-exp, is there and faster: Hopper and later, half precision, no gradient."
+    return (q.is_cuda and not torch.is_grad_enabled() and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] in (64, 128)
+            and torch.cuda.get_device_capability(q.device) >= (9, 0) and not torch.compiler.is_compiling())
+
+
+def _with_lse(q, k, v, causal: bool, scale: float | None):
+    "Attention and its log-sum-exp; everything (B, H, T, D), the second (B, H, T, 1)."
+    if q.is_cuda: o, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)[:2]
+    else: o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)[:2]
+    return o, lse.reshape(*o.shape[:3], 1)
+
+
+def _past_and_present(q, k, v, scale: float | None = None):
+    "Causal attention of the last T_q tokens over all T_k: the past in full, the present as a square, merged. Shapes as in `fused_attention`."
+    past = k.shape[1] - q.shape[1]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    o1, l1 = _with_lse(q, k[:, :, :past], v[:, :, :past], False, scale)
+    o2, l2 = _with_lse(q, k[:, :, past:], v[:, :, past:], True, scale)
+    return torch.lerp(o2.float(), o1.float(), torch.sigmoid(l1 - l2)).to(v.dtype).transpose(1, 2)
+
+# %% ../nbs/01_softmax_attention.ipynb #e1c45271
 def fused_attention(
     q: torch.Tensor,                    # (B, T_q, H, D)
     k: torch.Tensor,                    # (B, T_k, n_kv, D)
@@ -65,6 +87,7 @@ def fused_attention(
 ) -> torch.Tensor:
     "The same o without ever storing the T x T weights: PyTorch's fused kernels. (B, T_q, H, D)."
     T_q, T_k = q.shape[1], k.shape[1]
+    if mask is None and 1 < T_q < T_k and _in_two(q): return _past_and_present(q, k, v, scale)
     # is_causal aligns queries with the first keys, ours are the last ones: only a square leaves no doubt
     square = mask is None and T_q == T_k
     if mask is None and not square and T_q > 1:  # one query sees every key and needs no mask
@@ -86,7 +109,13 @@ def decode_attention(
     q = q.view(B, k.shape[1], H // k.shape[1], D)                          # query heads beside their key head
     e = (q @ k.mT).float() * (D ** -0.5 if scale is None else scale)       # (B, n_kv, H / n_kv, S)
     weights = e.masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype)
-    return (weights @ v).view(B, 1, H, D)
+    # a GPU wants many small products rather than one long sum: pieces of 512 values, added afterwards
+    n = v.shape[2] // 512
+    o = weights[..., 512 * n:] @ v[:, :, 512 * n:]
+    if n:
+        pieces = weights[..., :512 * n].unflatten(-1, (n, 512)).transpose(2, 3) @ v[:, :, :512 * n].unflatten(2, (n, 512))
+        o = o + pieces.float().sum(2).to(o.dtype)
+    return o.view(B, 1, H, D)
 
 # %% ../nbs/01_softmax_attention.ipynb #3e09187c
 def rms_norm(
