@@ -284,7 +284,7 @@ def _starred(prefix: str, part: str, names) -> list[str]:
 
 def moves_by_hand(
     names,                        # the names of the tensors that are there
-    layers: list[int] | None,     # numbers, or None for every layer
+    layers: list | None,          # numbers (None among them: what stands in no layer), or None for every tensor
     tensors: str,                 # a regular expression that is searched in the names
 ) -> list[dict]:
     "The moves for tensors that the user names. Raises ValueError where nothing fits, with names that are there."
@@ -294,7 +294,7 @@ def moves_by_hand(
     found = [n for n in names if wanted.search(n) and (layers is None or number(n) in layers)]
     if not found:
         shapes = sorted({re.sub(r"\b\d+\b", "N", n) for n in names if re.search(r"q_|k_|qk|query|key|attn|attention", n)})
-        raise ValueError(f"no tensor fits tensors={tensors!r}{'' if layers is None else f' in layers {layers}'}; there are {', '.join(shapes[:8]) or 'none that look like attention'}")
+        raise ValueError(f"no tensor fits tensors={tensors!r}{'' if layers is None else f' in layers {[i for i in layers if i is not None]}'}; there are {', '.join(shapes[:8]) or 'none that look like attention'}")
     return [dict(layer=number(n), role="", part=n, name=n) for n in sorted(found, key=lambda n: (number(n) is None, number(n) or 0))]
 
 # %% ../nbs/08a_families.ipynb #74eee984

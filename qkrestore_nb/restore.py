@@ -35,7 +35,8 @@ def _moves(pre_config: dict, post_config: dict, pre: dict, post: dict, layers, p
             raise CheckpointError(f"only one of pre and post has {odd[1]} in layer {odd[0]}: they are not the same kind of model")
         return list(zip(a, b))
     if include or mla: raise CheckpointError("tensors= names every tensor by hand: include= and mla= have nothing to add")
-    numbers = chosen_layers(post_config, layers) if known else None if isinstance(layers, str) else list(layers)
+    by_word = isinstance(layers, str)  # then what stands in no layer may be named as well
+    numbers = chosen_layers(post_config, layers) + [None] * by_word if known else None if by_word else list(layers)
     moves = moves_by_hand(post, numbers, tensors)
     if missing := next((m["name"] for m in moves if m["name"] not in pre), None): raise CheckpointError(f"pre has no tensor {missing}: do pre and post belong together?")
     return [(m, m) for m in moves]
@@ -130,11 +131,10 @@ class _Mix:
         self.source, self.target, self.strength, self.dot, self.square = source, target, strength, 0., 0.
 
     def __call__(self, new: bytes, old: bytes) -> bytes:
-        if self.strength == 0: return old
         a = _decode(new, self.source)
         if self.strength == 1: return _encode(a, self.target)
         a, b = a.astype("<f8"), _decode(old, self.target).astype("<f8")
-        made = _encode(b + self.strength * (a - b), self.target)
+        made = _encode(b + self.strength * (a - b), self.target) if self.strength else old
         step = _decode(made, self.target) - b
         self.dot, self.square = self.dot + float(step @ (a - b)), self.square + float((a - b) @ (a - b))
         return made
@@ -207,6 +207,7 @@ def _restore_folders(pre: Path, post: Path, out: Path | None, layers, projection
     "Two checkpoint folders into a third, or, without `out`, into post."
     jobs = plan_restore(pre, post, cast, layers, projections, **choice)
     if out: check_out(out, pre, post)
+    else: check_in_place(post, [j["target"] for j in jobs])
     if _same(jobs): raise CheckpointError(f"pre and post have the same bytes in all {len(jobs)} tensors that would move: is one of them the wrong folder, or restored already?")
     _warn_if_swapped(pre, post)
     with new_folder(post, out, progress) if out else _in_place(post, jobs) as part:
