@@ -120,6 +120,18 @@ def undo(
     return sum(stop - start for t, _ in pairs for start, stop in t["spans"])
 
 # %% ../nbs/11a_in_place.ipynb #990fdd32
+def _verify_adapter(folder: Path, note: dict) -> list[dict]:
+    "What was left out must be absent, what was zeroed zero: then these modules are the base model's, pre's."
+    from qkrestore_nb.checkpoints import read_header
+    found = read_header(folder / "adapter_model.safetensors")
+    rows = [dict(tensor=n, bytes=0, equals="neither" if n in found else "pre") for n in note["left_out"]]
+    for n, spans in note["zeroed"].items():
+        t = found.get(n)
+        here = t and dict(t, spans=[(t["start"] + a, t["start"] + b) for a, b in spans])
+        rows.append(dict(tensor=n, bytes=sum(b - a for a, b in spans), equals="pre" if here and not any(any(p) for p in pieces(here)) else "neither"))
+    return rows
+
+
 def verify(
     folder: str | Path,  # the result of a restore
 ) -> list[dict]:
@@ -128,7 +140,11 @@ def verify(
     folder = Path(folder)
     if not folder.is_dir(): raise CheckpointError(f"there is no folder {folder}: check the path")
     if not (folder / NOTE).is_file(): raise CheckpointError(f"{folder} has no {NOTE}: it is not the result of a restore")
-    try: rows = json.loads((folder / NOTE).read_text())["tensors"]
+    try:
+        note = json.loads((folder / NOTE).read_text())
+        if "left_out" in note: return _verify_adapter(folder, note)
+        rows = note["tensors"]
+    except CheckpointError: raise
     except (ValueError, KeyError, TypeError) as e: raise CheckpointError(f"{folder / NOTE} cannot be read ({e!r}): restore again") from e
     names = {r["tensor"] for r in rows}
     tensors, found = read_index(folder, names.__contains__), []

@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from . import __version__
+from .adapters import is_adapter, restore_adapter
 from .checkpoints import CheckpointError, _sync, bits, check_out, locked, new_folder, overwrite, pieces, read_config, read_index, sha256
 from .families import chosen_layers, disagreement, family_of, moves_by_hand, planned_moves, planned_tensors, stretches
+from .hub import hub_name, is_hub_id, local_folder
 from .in_place import check_in_place, write_journal, write_note
 
 # %% ../nbs/08_restore.ipynb #a82cf986
@@ -222,7 +224,7 @@ def _restore_folders(pre: Path, post: Path, out: Path | None, layers, projection
             if strength < 1:
                 rows[-1] |= dict(strength=strength, strength_achieved=mix.dot / mix.square if mix.square else None)
                 dot, square = dot + mix.dot, square + mix.square
-        chosen = {k: list(v) if isinstance(v, Iterable) and not isinstance(v, str) else v for k, v in choice.items() if v}
+        chosen = {"tensors_chosen" if k == "tensors" else k: v for k, v in choice.items() if v is not None and v != ""}
         note = dict(method="QK-Restore, arXiv 2606.11052", package=f"qkrestore_nb {__version__}", date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                     pre=names[0] if names else str(pre), post=names[1] if names else str(post), layers=layers if isinstance(layers, str) else [int(i) for i in layers], projections=projections, **chosen)
         if strength < 1: note |= dict(strength=strength, strength_achieved=dot / square if square else None)
@@ -262,7 +264,12 @@ def qk_restore(
     if all(is_path):
         if out is None and not inplace: raise CheckpointError("say where the restored checkpoint shall be: qk_restore(pre, post, out=...), or inplace=True to change post itself")
         if out is not None and inplace: raise CheckpointError("a folder is restored in place or into out=, not both: leave one of them out")
-        names, pre, post = (str(pre), str(post)), Path(pre), Path(post)  # HUB
+        if inplace and is_hub_id(post): raise CheckpointError(f"{post} is on the hub and cannot be changed in place: give out= a free name")
+        folders = [local_folder(x, token) for x in (pre, post)]
+        names, (pre, post) = tuple(hub_name(x, f) for x, f in zip((pre, post), folders)), folders
+        if is_adapter(post):
+            if strength < 1 or cast or inplace: raise CheckpointError("an adapter is restored as a whole into out=: strength, cast and inplace are for full checkpoints")
+            return restore_adapter(pre, post, Path(out), layers, projections, names=names, **choice)
         return _restore_folders(pre, post, Path(out) if out is not None else None, layers, projections, strength, cast, progress, names, **choice)
     if out is not None: raise CheckpointError("out= is for checkpoint folders: save the returned model with save_pretrained")
     choice |= dict(layers=layers, projections=projections, cast=cast)
