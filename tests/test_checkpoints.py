@@ -1,11 +1,8 @@
 "Files under stress: kills, two runs at once, full disks, copies that fall back, casts, strengths, undo and verify."
-import copy
 import errno
 import json
-import multiprocessing
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -15,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import KINDS, NAME, hypenet_config, snapshot, tensors, write_checkpoint
-from safetensors.torch import load_file, save_file
+from conftest import NAME, hypenet_config, snapshot, tensors, write_checkpoint
+from safetensors.torch import load_file
 
 from qkrestore_nb import checkpoints, in_place, restore
-from qkrestore_nb.checkpoints import CheckpointError, copy_file, locked, read_header, read_index
+from qkrestore_nb.checkpoints import CheckpointError, locked, read_index
 from qkrestore_nb.in_place import JOURNAL, undo, verify
 from qkrestore_nb.restore import plan_restore, qk_restore
 
@@ -210,12 +207,9 @@ def test_kill_9_in_place(heavy):
     before, seen = snapshot(root), set()
     for i in range(KILLS):
         _kill_after(_start(root, "--in-place"), random.Random(i).uniform(.02, 1.1 * whole))
-        now = same(load(root / "post"), want)
         seen.add("journal" if (root / "post" / JOURNAL).exists() else "nothing")
         if (root / "post" / JOURNAL).exists(): undo(root / "post")
-        assert same(load(root / "post"), load(root / "post")) and not (root / "post" / JOURNAL).exists()
-        left = {k: v for k, v in snapshot(root).items() if not k.endswith(".part")}
-        assert left == before, (i, now)
+        assert {k: v for k, v in snapshot(root).items() if not k.endswith(".part")} == before, i
     assert "journal" in seen, "no kill fell into the work"
     for part in (root / "post").glob("*.part"): part.unlink()
 
