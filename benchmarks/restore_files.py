@@ -66,6 +66,7 @@ for file in sorted(post.glob('*.safetensors')):
     save_file(tensors, out / file.name, metadata={'format': 'pt'})
 for file in post.glob('*.json'): shutil.copy(file, out)
 """
+NO_SYNC = "import os, sys\nos.fsync = lambda fd: None\nfrom qkrestore_nb.cli import main\nmain(sys.argv[1:])"  # to compare with cp, which does not either
 CLI = "import sys\nfrom qkrestore_nb.cli import main\nmain(sys.argv[1:])"
 
 
@@ -75,7 +76,7 @@ PEAK = ("import atexit, os\n"  # of the process alone: what the kernel tells the
 
 def run(*command) -> tuple[float, float]:
     "Seconds of one process, and its peak MB where it is one of Python's."
-    command, peak = [PEAK + c if c in (CLI, LOAD_SAVE) else str(c) for c in command], Path(f"{ROOT_OF_PEAKS}/peak-{os.getpid()}")
+    command, peak = [PEAK + c if c in (CLI, NO_SYNC, LOAD_SAVE) else str(c) for c in command], Path(f"{ROOT_OF_PEAKS}/peak-{os.getpid()}")
     start = time.perf_counter()
     subprocess.run(command, stdout=subprocess.DEVNULL, check=True, env={**os.environ, "PEAK": str(peak)})
     took, mb = time.perf_counter() - start, int(peak.read_text()) / 1024 if peak.exists() else 0.
@@ -101,6 +102,7 @@ def main():
         run(py, "-c", CLI, "undo", post)
         return took
     ways = {"cp -r": cp, "cp -r, fsync": cp_fsync, "qkrestore restore (copy, patch, fsync, rename)": lambda: run(py, "-c", CLI, "restore", pre, post, out),
+            "the same without fsync": lambda: run(py, "-c", NO_SYNC, "restore", pre, post, out),
             "qkrestore restore --in-place (journal, fsync)": in_place, "qkrestore inspect": lambda: run(py, "-c", CLI, "inspect", post)}
     if not args.without_loading: ways["safetensors load, replace, save, by shard"] = lambda: run(py, "-c", LOAD_SAVE, pre, post, out)
     try:

@@ -12,6 +12,7 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -267,6 +268,25 @@ def _remove_stale(out: Path) -> None:
         except (CheckpointError, OSError): pass
 
 
+class _Writer:
+    "Starts to bring files to the disk while others are still copied: the disk need not wait for us, nor we for it."
+    def __init__(self): self.threads, self.errors = [], []
+
+    def start(self, path: Path):
+        def work():
+            try:
+                fd = os.open(path, os.O_RDONLY)
+                try: os.fsync(fd)
+                finally: os.close(fd)
+            except OSError as e: self.errors.append(e)
+        self.threads.append(threading.Thread(target=work))
+        self.threads[-1].start()
+
+    def wait(self):
+        for t in self.threads: t.join()
+        if self.errors: raise self.errors[0]
+
+
 @contextmanager
 def new_folder(
     post: str | Path,                                 # the folder to start from: copied through symlinks, so that a hub snapshot becomes regular files
@@ -280,8 +300,13 @@ def new_folder(
         part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
         held = locked(part, "")
         held.__enter__()
+    writer = _Writer()
+    def copy(a, b):
+        copy_file(a, b, progress)
+        if os.stat(b).st_size > 1 << 24: writer.start(b)
     try:
-        shutil.copytree(post, part, dirs_exist_ok=True, copy_function=lambda a, b: copy_file(a, b, progress))
+        try: shutil.copytree(post, part, dirs_exist_ok=True, copy_function=copy)
+        finally: writer.wait()
         _unlock(part)
         yield part
         for path in sorted(part.rglob("*")): _sync(path)
