@@ -48,10 +48,11 @@ def write_journal(
     folder: str | Path,   # the checkpoint to change
     targets: list[dict],  # what will be written
 ) -> None:
-    "Save the old bytes and their hashes. Nothing else is touched."
+    "Save the old bytes and their hashes, which each target gets as its key sha256. No other file is touched."
     folder = Path(folder)
     note = (folder / NOTE).read_text() if (folder / NOTE).exists() else None
-    rows = [dict(file=t["file"].name, size=t["file"].stat().st_size, spans=spans_of(t), sha256=sha256(t)) for t in targets]
+    for t in targets: t["sha256"] = sha256(t)  # kept, since who restores wants to note it as well
+    rows = [dict(file=t["file"].name, size=t["file"].stat().st_size, spans=spans_of(t), sha256=t["sha256"]) for t in targets]
     header = json.dumps(dict(version=1, note=note, moves=rows)).encode()
     first = len(header).to_bytes(8, "little") + header
     _atomically(folder / JOURNAL, (piece for part in ([first], *(pieces(t) for t in targets)) for piece in part))

@@ -216,7 +216,7 @@ def _restore_folders(pre: Path, post: Path, out: Path | None, layers, projection
         rows, dot, square = [], 0., 0.
         for j in jobs:
             target, source = j["target"] | dict(file=part / j["target"]["file"].name), j["source"]
-            before, whole = sha256(target), j["bytes"] == target["end"] - target["start"]
+            before, whole = target.get("sha256") or sha256(target), j["bytes"] == target["end"] - target["start"]
             mix = _Mix(source["dtype"], j["dtype"], strength) if strength < 1 or source["dtype"] != j["dtype"] else None
             rows.append(dict(tensor=j["name"], dtype=j["dtype"], shape=j["shape"], bytes=j["bytes"], sha256_post=before, sha256_restored=overwrite(target, source, mix)))
             if not whole: rows[-1]["spans"] = [(a - target["start"], b - target["start"]) for a, b in target["spans"]]
