@@ -7,6 +7,7 @@ reported, with the peak memory of the process. The output of every way is remove
 import argparse
 import json
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -111,7 +112,7 @@ def main():
         seen = inspect_checkpoint(post)
         took = {name: [] for name in ways}
         for i in range(args.runs + 1):                                    # the first round warms the page cache and does not count
-            for name in list(ways)[i % len(ways):] + list(ways)[:i % len(ways)]:  # each way follows each other
+            for name in random.Random(i).sample(list(ways), len(ways)):    # so that no way always follows the same other
                 os.sync()
                 took[name].append(ways[name]())
                 shutil.rmtree(out, ignore_errors=True)
