@@ -121,6 +121,19 @@ def _in_two(root):
     (root / "post" / "model-00002-of-00002.safetensors").write_bytes(first.read_bytes())
 
 
+def _link(names, root):
+    (root / "post" / "model-00002-of-00002.safetensors").rename(root / "elsewhere.safetensors")
+    (root / "post" / "model-00002-of-00002.safetensors").symlink_to(root / "elsewhere.safetensors")
+
+
+def _scaled(name):
+    return {**tensors(2), name: tensors(1)[NAME.format(0, "k")]}
+
+
+def _hole(text):
+    return text.replace('"shape":[16,8]', '"shape":[15,8]').replace('"data_offsets":[0,256]', '"data_offsets":[0,240]')
+
+
 def _fp8(root):
     for name in ("pre", "post"):
         _edit(f"{name}/model.safetensors", lambda data: _header(data, lambda t: t.replace('"F16"', '"I16"')))(root)
@@ -132,6 +145,7 @@ def _twice(text):
 
 
 Q1 = NAME.format(1, "q")
+BIG = (1 << 60).to_bytes(8, "little")
 BAD = {
     "no such pre": (_case(prepare=lambda r: dict(pre=r / "nowhere")), "no folder"),
     "no such post": (_case(prepare=lambda r: dict(post=r / "nowhere")), "no folder"),
@@ -176,6 +190,23 @@ BAD = {
     "truncated": (_case(prepare=_edit("post/model.safetensors", lambda d: d[:-1])), "not a sound safetensors file"),
     "empty file": (_case(prepare=_edit("pre/model.safetensors", lambda d: b"")), "not a sound safetensors file"),
     "key twice": (_case(prepare=_edit("pre/model.safetensors", lambda d: _header(d, _twice))), "twice in the header"),
+    "shard outside, by a link": (_case(post=dict(shards=2), prepare=_index(_link)), "leads out of the folder"),
+    "shard outside, by a folder": (_case(post=dict(shards=2), prepare=_index(lambda names, root: names.update(dict.fromkeys(names, "logs/x.safetensors")))), "no file of this folder"),
+    "scales beside the weights": (_case(post=dict(weights=_scaled(Q1 + "_scale_inv"))), "is quantized"),
+    "quantized under other names": (_case(post=dict(weights={n.replace("_proj.weight", "_proj.qweight"): t for n, t in tensors(2).items()})), "are quantized"),
+    "the same bytes": (_case(post=dict(seed=1)), "the same bytes in all 4 tensors"),
+    "header cut off": (_case(prepare=_edit("post/model.safetensors", lambda d: d[:40])), "not a sound safetensors file"),
+    "seven bytes": (_case(prepare=_edit("post/model.safetensors", lambda d: d[:7])), "not a sound safetensors file"),
+    "header without end": (_case(prepare=_edit("post/model.safetensors", lambda d: BIG + d[8:])), "not a sound safetensors file"),
+    "header is a list": (_case(prepare=_edit("post/model.safetensors", lambda d: _header(d, lambda t: "[]"))), "not a sound safetensors file"),
+    "header is not UTF-8": (_case(prepare=_edit("post/model.safetensors", lambda d: d[:20] + b"\xff" + d[21:])), "not a sound safetensors file"),
+    "header of a thousand brackets": (_case(prepare=_edit("post/model.safetensors", lambda d: _header(d, lambda t: '{"a":' + "[" * 100_000))), "not a sound safetensors file"),
+    "trailing bytes": (_case(prepare=_edit("post/model.safetensors", lambda d: d + b"x")), "not a sound safetensors file"),
+    "a hole": (_case(prepare=_edit("post/model.safetensors", lambda d: _header(d, _hole))), "not a sound safetensors file"),
+    "negative offsets": (_case(prepare=_edit("post/model.safetensors", lambda d: _header(d, lambda t: t.replace('"data_offsets":[0,', '"data_offsets":[-1,')))), "not a sound safetensors file"),
+    "offsets out of range": (_case(prepare=_edit("post/model.safetensors", lambda d: _header(d, lambda t: t.replace('"data_offsets":[0,256', '"data_offsets":[0,25600')))), "not a sound safetensors file"),
+    "unknown dtype": (_case(prepare=_edit("post/model.safetensors", lambda d: _header(d, lambda t: t.replace('"BF16"', '"BF17"')))), "not a sound safetensors file"),
+    "shape that does not fit": (_case(prepare=_edit("post/model.safetensors", lambda d: _header(d, lambda t: t.replace('"shape":[16,8]', '"shape":[16,9]')))), "not a sound safetensors file"),
     "offsets overlap": (_case(prepare=_edit("pre/model.safetensors", lambda d: _header(d, lambda t: t.replace('"data_offsets":[256,', '"data_offsets":[240,')))), "not a sound safetensors file"),
 }
 

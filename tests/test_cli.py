@@ -79,3 +79,133 @@ def test_version_and_help(capsys):
     assert call("--version") == 0 and capsys.readouterr().out.split() == ["qkrestore_nb", __version__]
     for command in ("restore", "demo", "experiment"):
         assert call(command, "--help") == 0 and f"qkrestore {command} " in capsys.readouterr().out
+
+
+# ---- look, check, take back
+
+def answer(capsys, *words, code=0) -> dict:
+    assert call(*words, "--json") == code
+    out, err = capsys.readouterr()
+    assert not err and out.count("\n") == 1
+    return json.loads(out)
+
+
+def test_a_dry_run_writes_nothing(pair, tmp_path, capsys):
+    before = snapshot(tmp_path)
+    assert call("restore", *pair, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "4 tensors, 384 bytes would be written" in said and "model.layers.1.self_attn.q_proj.weight" in said
+    planned = answer(capsys, "restore", *pair, "--dry-run")
+    assert snapshot(tmp_path) == before
+    done = answer(capsys, "restore", *pair, tmp_path / "out")
+    assert [r["name"] for r in planned["tensors"]] == [r["tensor"] for r in done["tensors"]] and planned["bytes"] == sum(r["bytes"] for r in done["tensors"])
+    assert done["out"] == str(tmp_path / "out")
+
+
+def test_in_place_verify_undo(pair, tmp_path, capsys):
+    pre, post = pair
+    before = snapshot(tmp_path)
+    assert call("restore", *pair, "--in-place") == 0 and f"qkrestore undo {post}" in capsys.readouterr().out
+    assert answer(capsys, "verify", post)["restored"] is True
+    assert call("verify", post) == 0 and "all of 4 tensors" in capsys.readouterr().out
+    row = next(r for r in json.loads((post / "qk_restore.json").read_text())["tensors"])
+    from qkrestore_nb.checkpoints import read_index
+    t = read_index(post)[row["tensor"]]
+    with open(t["file"], "r+b") as f: f.seek(t["start"]), f.write(b"\x00\x01")
+    bad = answer(capsys, "verify", post, code=1)
+    assert bad["restored"] is False and bad["tensors"][0]["equals"] == "neither"
+    assert answer(capsys, "undo", post)["bytes"] == 384 and snapshot(tmp_path) == before
+    assert call("undo", post) == 2 and "undone already" in capsys.readouterr().err
+
+
+def test_inspect(pair, tmp_path, capsys):
+    before = snapshot(tmp_path)
+    assert call("inspect", pair[1]) == 0
+    said = capsys.readouterr().out
+    assert "·SS·" in said and "384 bytes" in said and "hypenet" in said
+    seen = answer(capsys, "inspect", pair[1], pair[0], "--projections", "q")
+    assert seen["kinds"] == ["linear", "softmax", "softmax", "linear"] and [r["role"] for r in seen["tensors"]] == ["q", "q"]
+    from safetensors.torch import load_file
+    for r in seen["tensors"]:
+        a, b = (next(t[r["tensor"]] for f in folder.glob("*.safetensors") if r["tensor"] in (t := load_file(f))).double() for folder in pair)
+        assert r["drift"] == pytest.approx(((b - a).norm() / a.norm()).item()) and len(r["angles"]) == 2 and all(0 < x <= 90 for x in r["angles"])
+    assert seen["tensors"][0]["drift"] >= seen["tensors"][1]["drift"]
+    assert snapshot(tmp_path) == before
+
+
+def test_inspect_draws(pair, tmp_path):
+    assert call("inspect", *pair, "--figure", tmp_path / "drift.png") == 0 and (tmp_path / "drift.png").read_bytes()[:4] == b"\x89PNG"
+    assert call("inspect", pair[0], "--figure", tmp_path / "strip.svg") == 0 and "<svg" in (tmp_path / "strip.svg").read_text()
+
+
+def test_inspecting_one_checkpoint_imports_nothing_heavy(pair):
+    code = ("import sys\nfrom qkrestore_nb.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit as e: assert not e.code\n"
+            "assert not {'torch', 'transformers', 'matplotlib', 'numpy'} & sys.modules.keys()")
+    subprocess.run([sys.executable, "-c", code, "inspect", str(pair[0])], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_options_of_a_partial_restore(pair, tmp_path, capsys):
+    assert call("restore", *pair, tmp_path / "half", "--strength", "0.5") == 0
+    said = capsys.readouterr().out
+    assert "Strength asked 0.5, achieved after rounding 0." in said
+    note = answer(capsys, "restore", *pair, tmp_path / "heads", "--heads", "1", "--projections", "q")
+    assert [r["bytes"] for r in note["tensors"]] == [64, 64] and note["heads"] == [1]
+    note = answer(capsys, "restore", *pair, tmp_path / "hand", "--layers", "0,2", "--tensors", r"[vo]_proj")
+    assert [r["tensor"].split(".")[2] for r in note["tensors"]] == ["0", "0", "2", "2"] and note["tensors_chosen"] == r"[vo]_proj"
+    for words in (["--heads", "x"], ["--strength", "2"], ["--include", "gains"], ["--mla", "q_only"], ["--tensors", "("]):
+        assert call("restore", *pair, tmp_path / "no", *words) == 2
+        assert capsys.readouterr().err.startswith("Error: ") and not (tmp_path / "no").exists()
+    assert call("restore", *pair) == 2 and "OUT" in capsys.readouterr().err
+
+
+def test_a_mergekit_recipe(pair, tmp_path, capsys):
+    before = snapshot(tmp_path)
+    assert call("restore", *pair, "--mergekit", tmp_path / "recipe.yaml") == 0
+    assert "merge_method: linear" in (tmp_path / "recipe.yaml").read_text()
+    assert call("restore", *pair, "--mergekit", tmp_path / "recipe.yaml") == 2 and "exists" in capsys.readouterr().err
+    assert {k: v for k, v in snapshot(tmp_path).items() if k != "recipe.yaml"} == before
+
+
+def test_push_after_a_restore(pair, tmp_path, capsys, monkeypatch):
+    from qkrestore_nb import hub
+    monkeypatch.setattr(hub, "push_to_hub", lambda folder, repo: f"https://example.org/{repo}")
+    assert answer(capsys, "restore", *pair, tmp_path / "out", "--push", "me/fixed")["pushed"] == "https://example.org/me/fixed"
+
+
+def test_a_warning_is_one_line(pair, tmp_path, capsys):
+    (pair[0] / "trainer_state.json").write_text("{}")
+    assert call("restore", *pair, tmp_path / "out") == 0
+    err = capsys.readouterr().err
+    assert err.startswith("Warning: are pre and post swapped?") and err.count("\n") == 1
+
+
+def test_progress_in_bytes_on_a_terminal(pair, tmp_path):
+    "A pseudo-terminal, and a bound that is passed: the bar counts bytes."
+    import fcntl
+    import pty
+    import struct
+    import termios
+    code = ("import sys\nfrom qkrestore_nb import cli\nreal = cli._bytes_done\n"
+            "cli._bytes_done = lambda total, show: real(total + 200_000_000, show)\ncli.main(sys.argv[1:])")
+    mine, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    run = subprocess.Popen([sys.executable, "-c", code, "restore", *map(str, pair), str(tmp_path / "out")], stderr=theirs, stdout=subprocess.DEVNULL)
+    run.wait()
+    os.write(theirs, b"end")  # so that reading ends even where no bar was drawn
+    said = ""
+    while "end" not in said: said += os.read(mine, 10000).decode()
+    os.close(theirs), os.close(mine)
+    assert run.returncode == 0 and "/200M" in said and "B/s" in said
+
+
+def test_every_command_helps_with_an_example(capsys):
+    for command in ("restore", "inspect", "verify", "undo", "demo", "experiment"):
+        assert call(command, "--help") == 0
+        said = capsys.readouterr().out
+        assert f"Example: qkrestore {command} " in " ".join(said.split())
+
+
+def test_shell_completion():
+    code = "import sys; sys.argv[0] = 'qkrestore'; from qkrestore_nb.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "_QKRESTORE_COMPLETE": "complete_bash", "COMP_WORDS": "qkrestore un", "COMP_CWORD": "1"})
+    assert "undo" in done.stdout.split() and "restore" not in done.stdout.split()

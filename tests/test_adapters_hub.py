@@ -1,0 +1,236 @@
+"LoRA adapters that peft writes and loads, and checkpoints on the hub, which is played by its cache and by stand-ins: no network."
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import KINDS, NAME, snapshot, write_checkpoint
+from safetensors.torch import load_file, save_file
+
+from qkrestore_nb import hub
+from qkrestore_nb.adapters import CONFIG, WEIGHTS
+from qkrestore_nb.checkpoints import CheckpointError, read_config
+from qkrestore_nb.in_place import verify
+from qkrestore_nb.restore import qk_restore
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+# ---- adapters
+
+def base(kind: str = "hypenet"):
+    if kind == "qwen3_next":
+        from test_families import CASES, model
+        return model("qwen3_next", CASES["qwen3_next"][0], 1).float()
+    from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM
+    torch.manual_seed(1)
+    return HypeNetForCausalLM(HypeNetConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+                                            mixer_types=KINDS, attn_use_rope=False, attn_logits_scaling="hype 500", rope_theta=1e6)).eval()
+
+
+def tuned(tmp_path, kind="hypenet", seed=2, **kw):
+    "A base model and an adapter on top of it, both saved; the adapter's weights are random, as if trained."
+    peft = pytest.importorskip("peft")
+    base(kind).save_pretrained(tmp_path / "pre")
+    model = peft.get_peft_model(base(kind), peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "k_proj", "v_proj"], **kw))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if "lora_" in n: p.copy_(torch.randn(p.shape).abs() + .1)
+    model.save_pretrained(tmp_path / "lora")
+    (tmp_path / "lora" / "tokenizer.json").write_text("{}")
+    return tmp_path / "pre", tmp_path / "lora"
+
+
+def merged(adapter, kind="hypenet") -> dict:
+    from peft import PeftModel
+    return PeftModel.from_pretrained(base(kind), adapter).merge_and_unload().state_dict()
+
+
+@pytest.mark.parametrize("kw", [{}, dict(use_dora=True), dict(exclude_modules=["lm_head"]), dict(exclude_modules=r".*lm_head"), dict(target_modules=r".*\.(q_proj|k_proj|v_proj)")])
+def test_an_adapter_without_q_and_k_of_softmax_layers(tmp_path, kw):
+    if "target_modules" in kw:
+        pre, lora = tuned(tmp_path)
+        config = json.loads((lora / CONFIG).read_text())
+        (lora / CONFIG).write_text(json.dumps(config | {"target_modules": r".*\.(q_proj|k_proj|v_proj)"}))
+    else: pre, lora = tuned(tmp_path, **kw)
+    before, out = snapshot(tmp_path), tmp_path / "out"
+    assert qk_restore(pre, lora, out=out) == out
+    want, b = merged(lora), base().state_dict()
+    planned = [NAME.format(i, r) for i in (1, 2) for r in "qk"]
+    assert all(not torch.equal(want[n], b[n]) for n in planned)
+    assert all(torch.equal(w, b[n] if n in planned else want[n]) for n, w in merged(out).items())
+    from peft import PeftModel
+    modules = {n for n, m in PeftModel.from_pretrained(base(), out).named_modules() if "lora_A" in n and n.endswith("default")}
+    assert modules and not [n for n in modules if re.search(r"layers\.[12]\.self_attn\.[qk]_proj", n)] and [n for n in modules if "layers.0.self_attn.q_proj" in n]
+    assert [r["equals"] for r in verify(out)] == ["pre"] * (8 if not kw.get("use_dora") else 12)
+    assert (out / "tokenizer.json").read_text() == "{}"
+    shutil.rmtree(out)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_gated_projection_keeps_its_gate(tmp_path):
+    pre, lora = tuned(tmp_path, "qwen3_next")
+    out = qk_restore(pre, lora, out=tmp_path / "out")
+    got, post, b = merged(out, "qwen3_next"), merged(lora, "qwen3_next"), base("qwen3_next").state_dict()
+    q, k = (NAME.format(3, r) for r in "qk")
+    view = lambda w: w.view(4, 2, 8, 16)
+    assert torch.equal(view(got[q])[:, 0], view(b[q])[:, 0]) and torch.equal(view(got[q])[:, 1], view(post[q])[:, 1]) and not torch.equal(view(post[q]), view(b[q]))
+    assert torch.equal(got[k], b[k]) and all(torch.equal(got[n], post[n]) for n in got if n not in (q, k))
+    assert {r["equals"] for r in verify(out)} == {"pre"}
+    with pytest.raises(CheckpointError, match="DoRA"):
+        config = json.loads((lora / CONFIG).read_text())
+        weights = load_file(lora / WEIGHTS)
+        weights["base_model.model.model.layers.3.self_attn.q_proj.lora_magnitude_vector"] = torch.ones(64)
+        save_file(weights, lora / WEIGHTS)
+        (lora / CONFIG).write_text(json.dumps(config | {"use_dora": True}))
+        qk_restore(pre, lora, out=tmp_path / "dora")
+
+
+def test_a_merged_adapter_takes_the_ordinary_path(tmp_path):
+    from peft import PeftModel
+    pre, lora = tuned(tmp_path)
+    PeftModel.from_pretrained(base(), lora).merge_and_unload().save_pretrained(tmp_path / "post")
+    out, left = qk_restore(pre, tmp_path / "post", out=tmp_path / "out"), qk_restore(pre, lora, out=tmp_path / "left")
+    from qkrestore_nb.hypenet import HypeNetForCausalLM
+    a, b = HypeNetForCausalLM.from_pretrained(out).state_dict(), merged(left)
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.mark.parametrize("what, kw, sentence", [
+    ("other type", {}, "merge_and_unload"), ("only q and k", {}, "would be"), ("no q and k", {}, "nothing to restore"), ("broken", {}, "not valid JSON"),
+    ("fine", dict(strength=.5), "as a whole"), ("fine", dict(include="norms"), "nothing to choose from"), ("fine", dict(inplace=True), "as a whole"), ("truncated", {}, "not a sound")])
+def test_adapters_that_cannot_be_restored(tmp_path, what, kw, sentence):
+    pre, lora = tuned(tmp_path)
+    config, weights = json.loads((lora / CONFIG).read_text()), load_file(lora / WEIGHTS)
+    mine = lambda n: re.search(r"layers\.[12]\.self_attn\.[qk]_proj", n)
+    if what == "other type": (lora / CONFIG).write_text(json.dumps(config | {"peft_type": "IA3"}))
+    if what == "broken": (lora / CONFIG).write_text("{")
+    if what == "only q and k": save_file({n: t for n, t in weights.items() if mine(n)}, lora / WEIGHTS)
+    if what == "no q and k": save_file({n: t for n, t in weights.items() if not mine(n)}, lora / WEIGHTS)
+    if what == "truncated": (lora / WEIGHTS).write_bytes((lora / WEIGHTS).read_bytes()[:-1])
+    before = snapshot(tmp_path)
+    with pytest.raises(CheckpointError, match=sentence): qk_restore(pre, lora, **({} if kw.get("inplace") else dict(out=tmp_path / "out")), **kw)
+    assert snapshot(tmp_path) == before
+
+
+def test_verify_of_an_adapter_sees_what_came_back(tmp_path):
+    pre, lora = tuned(tmp_path)
+    out = qk_restore(pre, lora, out=tmp_path / "out")
+    shutil.copy(lora / WEIGHTS, out / WEIGHTS)
+    assert {r["equals"] for r in verify(out)} == {"neither"}
+
+
+# ---- the hub
+
+@pytest.fixture
+def cache(pair, tmp_path, monkeypatch):
+    "A hub cache as huggingface_hub makes it, with both checkpoints in it; no network."
+    root = tmp_path / "cache"
+    for folder, commit in zip(pair, ("a" * 40, "b" * 40)):
+        repo = root / f"models--me--{folder.name}"
+        (repo / "blobs").mkdir(parents=True), (repo / "refs").mkdir(), (repo / "snapshots" / commit).mkdir(parents=True)
+        (repo / "refs" / "main").write_text(commit)
+        for i, file in enumerate(p for p in sorted(folder.iterdir()) if p.is_file()):
+            shutil.copy(file, repo / "blobs" / str(i))
+            (repo / "snapshots" / commit / file.name).symlink_to(f"../../blobs/{i}")
+    import huggingface_hub
+    real = huggingface_hub.snapshot_download
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kw: real(name, cache_dir=root, local_files_only=True, **kw))
+    return root
+
+
+def test_hub_ids_from_the_cache(pair, cache, tmp_path):
+    before = snapshot(tmp_path)
+    out = qk_restore("me/pre", f"me/post@{'b' * 40}", out=tmp_path / "out")
+    note = json.loads((out / "qk_restore.json").read_text())
+    assert (note["pre"], note["post"]) == (f"me/pre@{'a' * 40}", f"me/post@{'b' * 40}")  # the commits that were read
+    same = qk_restore(*pair, out=tmp_path / "same")
+    for file in same.glob("*.safetensors"): assert (out / file.name).read_bytes() == file.read_bytes() and not (out / file.name).is_symlink()
+    for folder in (out, same): shutil.rmtree(folder)
+    assert snapshot(tmp_path) == before
+    with pytest.raises(CheckpointError, match="on the hub and cannot be changed in place"): qk_restore("me/pre", "me/post", inplace=True)
+
+
+@pytest.mark.parametrize("name", ["me/nothing", "me/post@v9"])
+def test_what_the_hub_does_not_give(cache, tmp_path, name):
+    with pytest.raises(CheckpointError, match="the hub does not give it") as error: qk_restore("me/pre", name, out=tmp_path / "out")
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_revision_and_token_arrive(monkeypatch, tmp_path):
+    import huggingface_hub
+    calls = []
+    def fake(name, **kw):
+        calls.append((name, kw["revision"], kw["token"]))
+        raise RuntimeError("offline")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
+    with pytest.raises(CheckpointError): qk_restore("me/pre@v1", "me/post", out=tmp_path / "out", token="secret")
+    assert calls == [("me/pre", "v1", "secret")]
+
+
+def test_a_mistyped_path_is_not_looked_up(pair, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "local_folder", lambda *a: pytest.fail("no"))
+    assert not hub.is_hub_id("pre/nothing") and not hub.is_hub_id("post") and hub.is_hub_id("nobody/nothing")
+
+
+def test_the_model_card(pair, tmp_path):
+    out = qk_restore(*pair, out=tmp_path / "out", strength=.5)
+    before, card = snapshot(out), hub.model_card(out)
+    note = json.loads((out / "qk_restore.json").read_text())
+    assert card.startswith("# model 2\n") and card.count("## QK-Restore") == 1 and "arxiv.org/abs/2606.11052" in card and "strength: 0.5" in card
+    assert all(r["sha256_restored"] in card and r["tensor"] in card for r in note["tensors"]) and str(pair[0]) in card
+    (out / "README.md").write_text(card + "\n## More\nmine\n")
+    again = hub.model_card(out)
+    assert again.count("## QK-Restore") == 1 and "## More\nmine" in again
+    (out / "README.md").write_text("# model 2\n")
+    assert snapshot(out)["README.md"][2] == before["README.md"][2]
+    with pytest.raises(CheckpointError, match="not the result"): hub.model_card(pair[1])
+
+
+def test_push(pair, tmp_path, monkeypatch):
+    import huggingface_hub
+    out, done = qk_restore(*pair, out=tmp_path / "out"), {}
+    class Api:
+        def __init__(self, token=None): done["token"] = token
+        def create_repo(self, repo, **kw): done["repo"] = (repo, kw)
+        def create_commit(self, repo, operations, commit_message):
+            done["files"] = {o.path_in_repo: o.path_or_fileobj for o in operations}
+            return "https://example.org/commit"
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    before = snapshot(out)
+    assert hub.push_to_hub(out, "me/fixed", token="t") == "https://example.org/commit"
+    assert done["repo"] == ("me/fixed", dict(private=True, exist_ok=True)) and done["token"] == "t" and snapshot(out) == before
+    assert sorted(done["files"]) == sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
+    assert b"## QK-Restore" in done["files"]["README.md"]
+    with pytest.raises(CheckpointError, match="no name on the hub"): hub.push_to_hub(out, "fixed")
+
+
+def merge(recipe: dict, checkpoints: dict) -> dict:
+    "mergekit's linear method with filters, in a few lines: the first condition whose filter is part of the tensor's name decides."
+    def weight(model, name): return next(c["value"] for c in model["parameters"]["weight"] if c.get("filter", "") in name)
+    total = lambda name: sum(weight(m, name) * checkpoints[m["model"]][name].double() for m in recipe["models"])
+    return {n: total(n).to(t.dtype) for n, t in checkpoints[recipe["base_model"]].items()}
+
+
+@pytest.mark.parametrize("strength", [1., .5])
+def test_the_mergekit_recipe_says_the_same(tmp_path, strength):
+    yaml = pytest.importorskip("yaml")
+    names = {"num_hidden_layers": 12, "mixer_types": ["attn" if i in (1, 10, 11) else "lightning-attn" for i in range(12)]}
+    from conftest import hypenet_config
+    pre, post = (write_checkpoint(tmp_path / n, s, config=hypenet_config(**names), layers=12, dtype="float32") for n, s in (("pre", 1), ("post", 2)))
+    recipe = yaml.safe_load(hub.mergekit_yaml(pre, post, strength))
+    assert recipe["merge_method"] == "linear" and recipe["dtype"] == "float32" and recipe["parameters"]["normalize"] is False
+    load = lambda f: load_file(f / "model.safetensors")
+    out = load(qk_restore(pre, post, out=tmp_path / "out", strength=strength))
+    got = merge(recipe, {str(pre): load(pre), str(post): load(post)})
+    assert all(torch.allclose(got[n], out[n], rtol=1e-6) for n in out) and any(not torch.equal(got[n], load(post)[n]) for n in out)
+
+
+def test_what_mergekit_cannot_say(tmp_path):
+    from test_families import CASES, model
+    for seed, folder in ((1, "pre"), (2, "post")): model("qwen3_next", CASES["qwen3_next"][0], seed).save_pretrained(tmp_path / folder)
+    with pytest.raises(CheckpointError, match="which mergekit cannot say"): hub.mergekit_yaml(tmp_path / "pre", tmp_path / "post")
+    assert read_config(tmp_path / "pre")["model_type"] == "qwen3_next"

@@ -1,0 +1,59 @@
+"Inspect: the numbers against torch, whatever the family, and the layers that hold them."
+import json
+
+import pytest
+import torch
+from conftest import hypenet_config, write_checkpoint
+from test_families import CASES, model
+
+from qkrestore_nb.checkpoints import CheckpointError
+from qkrestore_nb.inspection import compare, inspect_checkpoint, principal_angles, strip
+from qkrestore_nb.restore import plan_restore
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "," not in c])
+def test_every_family_can_be_looked_at(case, tmp_path):
+    fields, choice, names = CASES[case]
+    for seed, folder in ((1, "pre"), (2, "post")): model(case, fields, seed).save_pretrained(tmp_path / folder)
+    seen = compare(tmp_path / "pre", tmp_path / "post", **choice)
+    json.dumps(seen)
+    assert sorted(r["tensor"] for r in seen["tensors"]) == sorted(names) and len(strip(seen["kinds"])) == fields["num_hidden_layers"]
+    planned = {j["name"]: j["bytes"] for j in plan_restore(tmp_path / "pre", tmp_path / "post", **choice)}
+    assert {r["tensor"]: r["bytes"] for r in seen["tensors"]} == planned and seen["moved_bytes"] == sum(planned.values())
+    assert all(.5 < r["drift"] < 3 for r in seen["tensors"])  # two independent random matrices
+    drifts = [r["drift"] for r in seen["tensors"]]
+    assert drifts == sorted(drifts, reverse=True)
+
+
+def test_angles_against_torch():
+    g = torch.Generator().manual_seed(0)
+    for turn in (1e-6, 1e-3, .1, 10.):
+        a = torch.randn(8, 64, generator=g, dtype=torch.float64)
+        b = a + turn * torch.randn(8, 64, generator=g, dtype=torch.float64)
+        basis = lambda w: torch.linalg.qr(w.T)[0]
+        sines = torch.linalg.svdvals(basis(b) - basis(a) @ (basis(a).T @ basis(b)))
+        got = torch.tensor(principal_angles(a.numpy(), b.numpy()).copy())
+        assert torch.allclose(torch.deg2rad(got), torch.asin(sines.clamp(max=1)), rtol=1e-5, atol=1e-9) and (got.diff() <= 1e-9).all()
+
+
+def test_nothing_moved_and_nothing_there(tmp_path):
+    weights = {f"model.layers.{i}.self_attn.{r}_proj.weight": torch.zeros(8 if r in "qo" else 4, 8) for i in range(4) for r in "qkvo"}
+    pre, post = (write_checkpoint(tmp_path / n, s, weights=weights) for n, s in (("pre", 1), ("post", 2)))
+    assert [r["drift"] for r in compare(pre, post)["tensors"]] == [None] * 4  # no length to compare with
+    same = compare(write_checkpoint(tmp_path / "a", 1), write_checkpoint(tmp_path / "b", 1))
+    assert [r["drift"] for r in same["tensors"]] == [0] * 4 and all(max(r["angles"]) < 1e-5 for r in same["tensors"])
+
+
+def test_bad_checkpoints(bad, tmp_path):
+    paths, sentence = bad
+    for which in ("pre", "post"):
+        try: inspect_checkpoint(paths[which])
+        except CheckpointError as e: assert "\n" not in str(e)
+
+
+def test_latent_attention_is_shown_in_full(tmp_path):
+    for seed, folder in ((1, "pre"), (2, "post")): model("kimi_linear", CASES["kimi_linear"][0], seed).save_pretrained(tmp_path / folder)
+    seen = inspect_checkpoint(tmp_path / "post")
+    assert seen["latent"] and any("kv_b_proj" in r["tensor"] and r["part"] for r in seen["tensors"])
+    assert len(inspect_checkpoint(tmp_path / "post", mla="q_only")["tensors"]) == 2
+    with pytest.raises(CheckpointError, match="mla="): inspect_checkpoint(write_checkpoint(tmp_path / "h", 1, config=hypenet_config()), mla="q_only")
