@@ -219,7 +219,7 @@ def train() -> dict:
                     row["first_s"] = time.perf_counter() - then
                     row["seconds"] = timed(step, 1, 0) if T > 100000 else timed(step, 5, 1)
                     if which == "ours" and T == 32768: profile(step)
-            except torch.OutOfMemoryError as e: row["error"] = str(e)[:120]
+            except Exception as e: row["error"] = f"{type(e).__name__}: {e}"[:300]  # one variant's failure must not cost the others
             else:
                 s = statistics.median(row["seconds"])
                 name = torch.cuda.get_device_name()

@@ -231,9 +231,8 @@ FORMS = {"recurrent": linear_attention_recurrent, "quadratic": linear_attention_
          "triton": linear_attention_triton}
 
 
-@torch.compiler.assume_constant_result  # the compiler need not look inside
 @functools.cache
-def _why_no_triton(device: torch.device) -> str | None:
+def _look_for_triton(device: torch.device) -> str | None:
     "None if fla's kernels can be used; else the reason, which is logged once."
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0): return f"the GPU is sm_{capability[0]}{capability[1]}, and fla's kernels are used from sm_80 on"
@@ -241,6 +240,10 @@ def _why_no_triton(device: torch.device) -> str | None:
     except ImportError as e:
         _log.warning("linear attention runs in plain PyTorch: %s", e)
         return str(e)
+
+
+@torch.compiler.assume_constant_result  # the compiler takes the answer and does not look inside
+def _why_no_triton(device: torch.device) -> str | None: return _look_for_triton(device)
 
 
 def pick_backend(

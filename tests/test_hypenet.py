@@ -304,3 +304,31 @@ print("same")
     out = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}", str(script)],
                          capture_output=True, text=True, timeout=300, env={**__import__("os").environ, "OMP_NUM_THREADS": "1"})
     assert out.stdout.count("same") == 2, out.stderr[-2000:]
+
+
+def test_the_choice_of_kernels_is_a_constant_to_the_compiler(monkeypatch):
+    from qkrestore_nb import linear_attention as la
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    la._look_for_triton.cache_clear()
+    try: step = torch.compile(lambda x: x + (1 if la._why_no_triton(torch.device("cuda", 0)) is None else 2), fullgraph=True, backend="eager")(torch.zeros(1))
+    finally: la._look_for_triton.cache_clear()
+    assert step.item() in (1, 2)  # with and without the kernels installed; a graph break would have raised
+
+
+def test_a_backend_of_ones_own_choice(monkeypatch):
+    from qkrestore_nb.linear_attention import pick_backend
+    monkeypatch.setenv("QKRESTORE_BACKEND", "quadratic")
+    assert pick_backend(1000, torch.device("cpu"))[0] == "quadratic"
+    model, ids = _tiny(), torch.randint(1, 64, (1, 80))
+    with torch.no_grad(): a = model(ids).logits
+    monkeypatch.setenv("QKRESTORE_BACKEND", "recurrent")
+    with torch.no_grad(): assert_close(model(ids).logits, a, atol=2e-5, rtol=0)
+    monkeypatch.setenv("QKRESTORE_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="choose one of recurrent"): pick_backend(1000, torch.device("cpu"))
+
+
+def test_missing_kernels_say_what_to_install():
+    from importlib.util import find_spec
+    from qkrestore_nb.linear_attention import _fla
+    if find_spec("fla"): pytest.skip("flash-linear-attention is installed here")
+    with pytest.raises(ImportError, match="qkrestore_nb\\[gpu\\]"): _fla()
