@@ -136,7 +136,7 @@ def _verify_adapter(folder: Path, note: dict) -> list[dict]:
 def verify(
     folder: str | Path,  # the result of a restore
 ) -> list[dict]:
-    "For each restored tensor which it equals now: pre, post, both (it never differed), or neither. Raises CheckpointError where there is no note, or a tensor is gone."
+    "For each restored tensor which it equals now: pre, restored (a mixture or QK-Pro), post, both (it never differed), or neither. Raises CheckpointError where there is no note, or a tensor is gone."
     from qkrestore_nb.checkpoints import read_index
     folder = Path(folder)
     if not folder.is_dir(): raise CheckpointError(f"there is no folder {folder}: check the path")
@@ -154,5 +154,5 @@ def verify(
         if t is None: raise CheckpointError(f"{folder} has no tensor {row['tensor']} any more: the files were replaced since the restore")
         now = sha256(t | (dict(spans=[(t["start"] + a, t["start"] + b) for a, b in row["spans"]]) if "spans" in row else {}))
         pre, post = now == row["sha256_restored"], now == row["sha256_post"]
-        found.append(dict(tensor=row["tensor"], bytes=row["bytes"], equals="both" if pre and post else ("pre" if row.get("strength", 1) == 1 else "restored") if pre else "post" if post else "neither"))
+        found.append(dict(tensor=row["tensor"], bytes=row["bytes"], equals="both" if pre and post else ("pre" if row.get("strength", 1) == 1 and "lam" not in note else "restored") if pre else "post" if post else "neither"))
     return found
