@@ -28,7 +28,7 @@ def head_literal(pre, post, k):
         inverse = torch.linalg.inv(G + ridge * torch.eye(D_MODEL, device=k.device))
         for a, b in zip(p.unflatten(0, (-1, D)), q.unflatten(0, (-1, D))):
             R = (a.T @ K.T) - b.T @ K.T                      # R_pre - W_Q K^T, (d_model, d_model)
-            out.append((b.T + R @ inverse @ K).T)
+            out.append((b.T + R @ (inverse @ K)).T)      # from the right, which is kinder to it
     return torch.cat(out)
 
 
