@@ -26,6 +26,16 @@ from qkrestore_nb.linear_attention import FORMS, _fla, compare_forms, decay_slop
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s by the vendor's data sheets
 
 
+def peak_flops() -> float | None:
+    "Of this GPU; None where it is not in the table."
+    return next((p for name, p in PEAK.items() if name in torch.cuda.get_device_name()), None)
+
+
+def kv_bytes(config, T: int) -> int:
+    "Keys and values of T tokens in bf16."
+    return 2 * 2 * config.layer_types.count("full_attention") * config.num_key_value_heads * config.head_dim * T
+
+
 def timed(f, reps: int = 5, warm: int = 2) -> list[float]:
     "Seconds of each repeat, between device synchronizations."
     out = []
@@ -89,9 +99,9 @@ def layer() -> dict:
 
 
 COLD = """
-import time; then = time.perf_counter()
+import time
 import torch, json, sys
-from qkrestore_nb.linear_attention import linear_attention, decay_slopes, _fla
+from qkrestore_nb.linear_attention import linear_attention, decay_slopes
 B, T, H, D = map(int, sys.argv[1:])
 q, k, v = (torch.randn(B, T, H, D, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3))
 torch.cuda.synchronize(); start = time.perf_counter()
@@ -222,10 +232,8 @@ def train() -> dict:
             except Exception as e: row["error"] = f"{type(e).__name__}: {e}"[:300]  # one variant's failure must not cost the others
             else:
                 s = statistics.median(row["seconds"])
-                name = torch.cuda.get_device_name()
-                peak = next((p for n, p in PEAK.items() if n in name), None)
                 row |= {"tokens_per_s": B * T / s, "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
-                if which != "fla" and peak: row["mfu"] = 3 * flops_per_token(config, T) * B * T / s / peak
+                if which != "fla" and (peak := peak_flops()): row["mfu"] = 3 * flops_per_token(config, T) * B * T / s / peak
             print(row, flush=True)
             rows.append(row)
         del model, step
@@ -250,11 +258,10 @@ def prefilling() -> dict:
             free()
             with attention_backends(): seconds = timed(read, 2 if T > 100000 else 5, 1)
             s = statistics.median(seconds)
-            kv = 28672 * T
-            peak = next((p for n, p in PEAK.items() if n in torch.cuda.get_device_name()), None)
+            kv = kv_bytes(config, T)
             row = {"model": which, "T": T, "seconds": seconds, "tokens_per_s": T / s, "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
                    "weights_gb": weights / 1e9, "kv_gb": kv / 1e9, "beyond weights and kv, gb": (torch.cuda.max_memory_allocated() - weights - kv) / 1e9}
-            if which == "ours" and peak: row["mfu"] = flops_per_token(config, T, head=False) * T / s / peak
+            if which == "ours" and (peak := peak_flops()): row["mfu"] = flops_per_token(config, T, head=False) * T / s / peak
             print(row, flush=True)
             rows.append(row)
         del model, read
@@ -276,7 +283,7 @@ def decoding(T: int = 32768, n: int = 64) -> dict:
     cache = StaticCache(config=config, max_cache_len=T + 2 * n + 16)
     logits, _ = prefill(model, ids, 16384, cache)
     states = sum(layer.recurrent_states[0].numel() * 4 for layer in cache.layers if hasattr(layer, "recurrent_states"))
-    floor = (weights + 28672 * T + 2 * states) / bandwidth
+    floor = (weights + kv_bytes(config, T) + 2 * states) / bandwidth
     token = logits.argmax(-1)
     rows = {}
     def run(step, steps):

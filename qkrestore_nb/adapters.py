@@ -6,14 +6,13 @@ __all__ = ['WEIGHTS', 'CONFIG', 'is_adapter', 'restore_adapter']
 # %% ../nbs/11c_adapters.ipynb #f256ea6f
 import hashlib
 import json
+import math
 import re
-import time
 from pathlib import Path
 
-from . import __version__
 from .checkpoints import CheckpointError, check_out, new_folder, pieces, read_config, read_header, write_all
-from .families import heads_of_names, places, stretches
-from .in_place import write_note
+from .families import heads_of_names, layer_number, places, stretches
+from .in_place import note_head, write_note
 
 # %% ../nbs/11c_adapters.ipynb #b921e77c
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -38,8 +37,7 @@ def _chosen(config: dict, keys, layers, projections, mla, tensors) -> dict[str, 
     modules = {_module(k)[0] for k in keys}
     if tensors is not None:
         numbers = None if isinstance(layers, str) else list(layers)
-        number = lambda m: int(x[1]) if (x := re.search(r"(?:^|\.)(\d+)\.", m)) else None
-        return {m: dict(role="", part=m, name=m) for m in modules if re.search(tensors, m + ".weight") and (numbers is None or number(m) in numbers)}
+        return {m: dict(role="", part=m, name=m) for m in modules if re.search(tensors, m + ".weight") and (numbers is None or layer_number(m) in numbers)}
     found = {}
     for layer, role, options in places(config, layers, projections, mla):
         for part in {p for some in options for p in some}:
@@ -113,7 +111,7 @@ def restore_adapter(
         if whole: drop.add(key), gone.add(module)
         elif "lora_magnitude" in what: raise CheckpointError(f"{module} is a DoRA module of which only some rows are Q: merge the adapter into its base model first (peft's merge_and_unload)")
         elif what.startswith("lora_B"):
-            size = (t["end"] - t["start"]) // max(1, _numbers(t["shape"]))
+            size = (t["end"] - t["start"]) // max(1, math.prod(t["shape"]))
             zero[key] = [(a * size, b * size) for a, b in spans]
     if not drop and not zero: raise CheckpointError(f"{post} adds nothing to these projections of these layers: there is nothing to restore")
     if len(drop) == len(keys): raise CheckpointError(f"{post} adds to nothing else: restored, it would be {pre} itself")
@@ -124,19 +122,12 @@ def restore_adapter(
         digest = hashlib.sha256()
         with open(part / WEIGHTS, "rb") as f:
             while piece := f.read(1 << 20): digest.update(piece)
-        note = dict(method="QK-Restore, arXiv 2606.11052, on an adapter: what it adds to these modules is left out", package=f"qkrestore_nb {__version__}",
-                    date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), pre=names[0] if names else str(pre), post=names[1] if names else str(post), layers=layers, projections=projections,
-                    left_out=sorted(drop), zeroed={k: v for k, v in sorted(zero.items())}, sha256={WEIGHTS: digest.hexdigest()})
+        head = note_head("QK-Restore, arXiv 2606.11052, on an adapter: what it adds to these modules is left out", *(names or (pre, post)), layers)
+        note = head | dict(projections=projections, left_out=sorted(drop), zeroed={k: v for k, v in sorted(zero.items())}, sha256={WEIGHTS: digest.hexdigest()})
         write_note(part, json.dumps(note, indent=1) + "\n")
     return out
 
 
-def _numbers(shape: list[int]) -> int:
-    n = 1
-    for s in shape: n *= s
-    return n
-
-
 def _whole(config: dict, move: dict, shape: list[int], heads) -> bool:
-    try: return stretches(config, move, shape, heads) == [(0, _numbers(shape))]
+    try: return stretches(config, move, shape, heads) == [(0, math.prod(shape))]
     except ValueError as e: raise CheckpointError(str(e)) from e

@@ -8,6 +8,7 @@ __all__ = ['bits', 'CheckpointError', 'read_header', 'read_config', 'weight_file
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import stat
@@ -39,8 +40,7 @@ def _check_entry(name: str, t) -> None:
     except (TypeError, KeyError, ValueError): raise CheckpointError(f"{name} lacks dtype, shape or data_offsets") from None
     if dtype not in bits: raise CheckpointError(f"{name} has the unknown dtype {dtype!r}")
     if not isinstance(shape, list) or not all(map(whole, [*shape, start, stop])): raise CheckpointError(f"{name} has no sound shape or offsets")
-    n = bits[dtype]
-    for size in shape: n *= size
+    n = bits[dtype] * math.prod(shape)
     if n % 8 or stop - start != n // 8: raise CheckpointError(f"{name} has {stop - start} bytes where its shape needs {n / 8:g}")
 
 
@@ -274,10 +274,7 @@ class _Writer:
 
     def start(self, path: Path):
         def work():
-            try:
-                fd = os.open(path, os.O_RDONLY)
-                try: os.fsync(fd)
-                finally: os.close(fd)
+            try: _sync(path)
             except OSError as e: self.errors.append(e)
         self.threads.append(threading.Thread(target=work))
         self.threads[-1].start()

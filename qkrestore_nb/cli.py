@@ -197,11 +197,12 @@ def verify(
     import json
     from qkrestore_nb.in_place import verify as look
     rows = look(folder)
-    fine = all(r["equals"] in ("pre", "restored", "both") for r in rows)
+    kept = sum(r["equals"] in ("pre", "restored", "both") for r in rows)
+    fine = kept == len(rows)
     if as_json: typer.echo(json.dumps(dict(folder=str(folder), restored=fine, tensors=rows)))
     else:
         for r in rows: typer.echo(f"{r['equals']:8}  {r['tensor']}")
-        typer.echo(f"{folder}: {'all' if fine else sum(r['equals'] in ('pre', 'restored', 'both') for r in rows)} of {len(rows)} tensors are as the restore wrote them.")
+        typer.echo(f"{folder}: {'all' if fine else kept} of {len(rows)} tensors are as the restore wrote them.")
     if not fine: raise typer.Exit(1)
 
 

@@ -2,9 +2,10 @@
 
 # %% auto #0
 __all__ = ['words', 'families', 'refused', 'heads_of_names', 'text_config', 'family_of', 'layer_kinds', 'chosen_layers', 'places',
-           'planned_tensors', 'planned_moves', 'moves_by_hand', 'stretches', 'disagreement']
+           'planned_tensors', 'planned_moves', 'layer_number', 'moves_by_hand', 'stretches', 'disagreement']
 
 # %% ../nbs/08a_families.ipynb #ad594fc9
+import math
 import re
 from operator import index
 
@@ -85,7 +86,7 @@ refused = dict(glm5_next=_indexed, glm5_next_text=_indexed, qwen4_exp=_indexed, 
 def text_config(
     config: dict,  # a config.json
 ) -> dict:
-    "The part that describes the language model: `text_config` (`llm_config`, `thinker_config`...) where there is one."
+    "The part that describes the language model: `text_config`, `llm_config` or `language_config` where there is one."
     for name in ("text_config", "llm_config", "language_config"):
         if isinstance(config.get(name), dict): return text_config(config[name])
     return config
@@ -282,6 +283,13 @@ def _starred(prefix: str, part: str, names) -> list[str]:
     return [n.removeprefix(prefix).removesuffix(".weight") for _, n in found]
 
 
+def layer_number(
+    name: str,  # of a tensor or module
+) -> int | None:
+    "The first number between dots; None for what stands in no layer."
+    return int(m[1]) if (m := re.search(r"(?:^|\.)(\d+)\.", name)) else None
+
+
 def moves_by_hand(
     names,                        # the names of the tensors that are there
     layers: list | None,          # numbers (None among them: what stands in no layer), or None for every tensor
@@ -290,12 +298,11 @@ def moves_by_hand(
     "The moves for tensors that the user names. Raises ValueError where nothing fits, with names that are there."
     try: wanted = re.compile(tensors)
     except re.error as e: raise ValueError(f"tensors={tensors!r} is no regular expression ({e})") from None
-    number = lambda n: int(m[1]) if (m := re.search(r"(?:^|\.)(\d+)\.", n)) else None
-    found = [n for n in names if wanted.search(n) and (layers is None or number(n) in layers)]
+    found = [n for n in names if wanted.search(n) and (layers is None or layer_number(n) in layers)]
     if not found:
         shapes = sorted({re.sub(r"\b\d+\b", "N", n) for n in names if re.search(r"q_|k_|qk|query|key|attn|attention", n)})
         raise ValueError(f"no tensor fits tensors={tensors!r}{'' if layers is None else f' in layers {[i for i in layers if i is not None]}'}; there are {', '.join(shapes[:8]) or 'none that look like attention'}")
-    return [dict(layer=number(n), role="", part=n, name=n) for n in sorted(found, key=lambda n: (number(n) is None, number(n) or 0))]
+    return [dict(layer=layer_number(n), role="", part=n, name=n) for n in sorted(found, key=lambda n: (layer_number(n) is None, layer_number(n) or 0))]
 
 # %% ../nbs/08a_families.ipynb #74eee984
 def stretches(
@@ -306,8 +313,7 @@ def stretches(
 ) -> list[tuple[int, int]]:
     "(start, stop) of the numbers that move, in the flattened tensor. Raises ValueError where the rows do not fit the heads."
     inner, part = text_config(config), move["part"]
-    size = 1
-    for n in shape: size *= n
+    size = math.prod(shape)
     rule = next((r for p, r in family_of(config)["rows"].items() if f".{p}." in f".{part}"), None) if move["role"] else None
     if rule is None and heads is None: return [(0, size)]
     if not move["role"]: raise ValueError("heads= needs a family that is known here, and tensors= names tensors by hand: leave one of them out")

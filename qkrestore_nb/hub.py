@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from .checkpoints import CheckpointError
+from .in_place import JOURNAL, NOTE
 
 # %% ../nbs/11d_hub.ipynb #a6866a06
 def is_hub_id(
@@ -51,7 +52,7 @@ def model_card(
 ) -> str:
     "The README.md of the result with a section on the restore; an older one of the same heading is replaced. Raises CheckpointError where there is no note."
     folder = Path(folder)
-    try: note = json.loads((folder / "qk_restore.json").read_text())
+    try: note = json.loads((folder / NOTE).read_text())
     except (OSError, ValueError) as e: raise CheckpointError(f"{folder} has no qk_restore.json that can be read: it is not the result of a restore") from e
     text = (folder / "README.md").read_text() if (folder / "README.md").exists() else "# " + folder.name + "\n"
     text = re.sub(rf"\n*{HEADING}\n.*?(?=\n## |\n# |\Z)", "", text, flags=re.S).rstrip()
@@ -73,7 +74,7 @@ def push_to_hub(
     from huggingface_hub import CommitOperationAdd, HfApi
     folder, card, api = Path(folder), model_card(folder), HfApi(token=token)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo): raise CheckpointError(f"{repo} is no name on the hub: give owner/name")
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in ("README.md", "qk_restore.undo") and not p.name.endswith(".part")]
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in ("README.md", JOURNAL) and not p.name.endswith(".part")]
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         done = api.create_commit(repo, [CommitOperationAdd(str(p.relative_to(folder)), p) for p in files] + [CommitOperationAdd("README.md", card.encode())],

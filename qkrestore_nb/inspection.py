@@ -4,6 +4,7 @@
 __all__ = ['inspect_checkpoint', 'strip', 'principal_angles', 'compare', 'figure']
 
 # %% ../nbs/11b_inspect.ipynb #bc5efdc1
+import math
 from pathlib import Path
 
 from .checkpoints import CheckpointError, bits, pieces, read_config, read_index
@@ -31,7 +32,7 @@ def inspect_checkpoint(
             t = tensors[m["name"]]
             spans = stretches(config, m, t["shape"], heads)
             rows.append(dict(tensor=m["name"], layer=m["layer"], role=m["role"], shape=t["shape"], dtype=t["dtype"], bytes=sum(b - a for a, b in spans) * bits[t["dtype"]] // 8,
-                             part=spans != [(0, _size(t["shape"]))], file=t["file"].name))
+                             part=spans != [(0, math.prod(t["shape"]))], file=t["file"].name))
     except CheckpointError: raise
     except (ValueError, TypeError) as e: raise CheckpointError(str(e)) from e
     total = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
@@ -39,16 +40,10 @@ def inspect_checkpoint(
                 moved_bytes=sum(r["bytes"] for r in rows), tensors=rows, latent=bool(family["mla"]))
 
 
-def _size(shape: list[int]) -> int:
-    n = 1
-    for s in shape: n *= s
-    return n
-
-
 def strip(
     kinds: list[str],  # of the layers
 ) -> str:
-    "The layers as one letter each: S softmax, w sliding window, · linear, c convolution, space mlp."
+    "The layers as one letter each: S softmax, w sliding window, · linear, c convolution, - mlp."
     return "".join(dict(softmax="S", swa="w", linear="·", conv="c", mlp="-")[k] for k in kinds)
 
 # %% ../nbs/11b_inspect.ipynb #018e983b

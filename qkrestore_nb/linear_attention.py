@@ -56,18 +56,16 @@ def linear_attention_quadratic(
     T = q.shape[1]
     t = torch.arange(T, device=q.device)
     mask = (decay[:, None, None] * (t[:, None] - t).clamp(min=0)).exp().tril()  # (H, T, T): e^{decay (t - s)} where s <= t
-    last = k * (decay * (T - 1 - t)[:, None]).exp()[..., None]                  # what the state at the end keeps of each key
-    first = q * (decay * (t + 1)[:, None]).exp()[..., None]                     # how each query sees the state before
+    keep, reach = ((decay * n[:, None]).exp()[..., None] for n in (T - 1 - t, t + 1))  # (T, H, 1): of a key at the end, of the state before at t
     stays = 1
     if documents is not None:
         mask = mask * (documents[:, None, :, None] == documents[:, None, None, :])
-        last = last * (documents == documents[:, -1:])[..., None, None]
-        first = first * (documents == documents[:, :1])[..., None, None]
+        keep, reach = (y * (documents == documents[:, i:][:, :1])[..., None, None] for y, i in ((keep, -1), (reach, 0)))
         stays = (documents[:, 0] == documents[:, -1])[:, None, None, None]
     o = torch.einsum("bhts,bshd->bthd", torch.einsum("bthd,bshd->bhts", q, k) * mask, v)
-    new = torch.einsum("bshd,bshe->bhde", last, v)
+    new = torch.einsum("bshd,bshe->bhde", k * keep, v)
     if state is None: return o, new
-    return o + torch.einsum("bthd,bhde->bthe", first, state), new + stays * (decay * T).exp()[:, None, None] * state
+    return o + torch.einsum("bthd,bhde->bthe", q * reach, state), new + stays * (decay * T).exp()[:, None, None] * state
 
 # %% ../nbs/02_linear_attention.ipynb #e55f3b8c
 def _scan(
@@ -106,18 +104,13 @@ def linear_attention_chunked(
     S = q.new_zeros(B, H, D, v.shape[-1]) if state is None else state
     whole, outputs = T - T % chunk, []
     if whole:
-        Q, K, V = (x[:, :whole].unflatten(1, (-1, chunk)) for x in (q, k, v))                 # (B, N, C, H, D)
-        d = (q.new_zeros(1, whole) if documents is None else documents[:, :whole]).unflatten(1, (-1, chunk))
+        cut = lambda x: x[:, :whole].unflatten(1, (-1, chunk))                                   # (B, N, C, ...)
+        d = cut(q.new_zeros(1, T) if documents is None else documents)
         last, before = d[..., -1], torch.cat([d[:, :1, 0], d[:, :-1, -1]], 1)
-        t = torch.arange(chunk, device=q.device)
-        mask = (decay[:, None, None] * (t[:, None] - t).clamp(min=0)).exp().tril()
-        keep, reach = ((decay * n[:, None]).exp()[..., None] for n in (chunk - 1 - t, t + 1))   # (C, H, 1)
-        if documents is not None:
-            mask = mask * (d[:, :, None, :, None] == d[:, :, None, None, :])
-            keep, reach = (y * (d == e[..., None])[..., None, None] for y, e in ((keep, last), (reach, before)))
-        inside = torch.einsum("bnhts,bnshd->bnthd", torch.einsum("bnthd,bnshd->bnhts", Q, K) * mask, V)
-        states, S = _scan(torch.einsum("bnshd,bnshe->bnhde", K * keep, V), decay * chunk, S, before, last)
-        outputs.append((inside + torch.einsum("bnthd,bnhde->bnthe", Q * reach, states)).flatten(1, 2))
+        inside, U = linear_attention_quadratic(*(cut(x).flatten(0, 1) for x in (q, k, v)), decay, None, None if documents is None else d.flatten(0, 1))
+        states, S = _scan(U.unflatten(0, (B, -1)), decay * chunk, S, before, last)
+        reach = (decay * (torch.arange(chunk, device=q.device) + 1)[:, None]).exp()[..., None] * (d == before[..., None])[..., None, None]
+        outputs.append((inside.unflatten(0, (B, -1)) + torch.einsum("bnthd,bnhde->bnthe", cut(q) * reach, states)).flatten(1, 2))
     if whole < T:  # what is left over is shorter than a chunk: the quadratic form
         rest = None if documents is None else documents[:, whole:]
         if whole and documents is not None: S = S * (documents[:, whole - 1] == rest[:, 0])[:, None, None, None]
@@ -127,7 +120,7 @@ def linear_attention_chunked(
 
 # %% ../nbs/02_linear_attention.ipynb #e5adb557
 _log = logging.getLogger(__name__)
-_TILES = {  # the few tiles that are tried, by kernel; results/hypenet-gpu-cold.json compares with trying all
+_TILES = {  # the few tiles that are tried, by kernel: middle-sized ones, not compared with the rest yet
     "chunk_fwd_kernel_h": lambda c: c.kwargs == {"BK": 64, "BV": 64} and c.num_warps == 4 and c.num_stages in (2, 3),
     "chunk_bwd_kernel_dh": lambda c: c.kwargs == {"BK": 64, "BV": 64} and c.num_warps == 4 and c.num_stages in (2, 3),
     "chunk_fwd_kernel_o": lambda c: c.kwargs["BK"] >= 64,
@@ -161,13 +154,17 @@ def _borders(documents: Tensor) -> Tensor:
     return torch.cat([new.flatten().nonzero().flatten(), end])
 
 # %% ../nbs/02_linear_attention.ipynb #c643c76c
-@torch.library.custom_op("qkrestore_nb::lightning", mutates_args=())
-def _lightning(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor | None, borders: Tensor | None) -> tuple[Tensor, Tensor]:
+def _kernel_arguments(q, k, v, decay, state, borders) -> dict:
+    "What forward and backward tell the kernels alike; they count the decay in powers of two."
     from fla.ops.utils import prepare_chunk_indices
     from fla.ops.utils.constant import RCP_LN2
-    index = None if borders is None else prepare_chunk_indices(borders, 64)
-    o, S = _fla().chunk_simple_gla_fwd(q.contiguous(), k.contiguous(), v.contiguous(), g_gamma=decay * RCP_LN2, scale=1.0, initial_state=state,
-                                       output_final_state=True, cu_seqlens=borders, chunk_size=64, chunk_indices=index)
+    return dict(q=q.contiguous(), k=k.contiguous(), v=v.contiguous(), g=None, g_gamma=decay * RCP_LN2, initial_state=state, scale=1.0, cu_seqlens=borders,
+                chunk_size=64, chunk_indices=None if borders is None else prepare_chunk_indices(borders, 64))
+
+
+@torch.library.custom_op("qkrestore_nb::lightning", mutates_args=())
+def _lightning(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor | None, borders: Tensor | None) -> tuple[Tensor, Tensor]:
+    o, S = _fla().chunk_simple_gla_fwd(**_kernel_arguments(q, k, v, decay, state, borders), output_final_state=True)
     return o.to(q.dtype), S
 
 
@@ -180,11 +177,7 @@ def _(q, k, v, decay, state, borders):
 @torch.library.custom_op("qkrestore_nb::lightning_backward", mutates_args=())
 def _lightning_backward(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor | None, borders: Tensor | None,
                         do: Tensor, dS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from fla.ops.utils import prepare_chunk_indices
-    from fla.ops.utils.constant import RCP_LN2
-    index = None if borders is None else prepare_chunk_indices(borders, 64)
-    dq, dk, dv, _, d0 = _fla().chunk_simple_gla_bwd(q.contiguous(), k.contiguous(), v.contiguous(), None, decay * RCP_LN2, state, do.contiguous(),
-                                                    dS.contiguous(), 1.0, cu_seqlens=borders, chunk_size=64, chunk_indices=index)
+    dq, dk, dv, _, d0 = _fla().chunk_simple_gla_bwd(**_kernel_arguments(q, k, v, decay, state, borders), do=do.contiguous(), dht=dS.contiguous())
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dS.new_empty(0) if d0 is None else d0
 
 

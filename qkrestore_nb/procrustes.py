@@ -4,16 +4,15 @@
 __all__ = ['solve_queries', 'procrustes_align', 'logits', 'logit_change', 'qk_pro']
 
 # %% ../nbs/09_procrustes.ipynb #f28affba
-import json
-import time
+import hashlib
 import warnings
 from pathlib import Path
 
 import torch
 
-from . import __version__
-from .checkpoints import CheckpointError, check_out, new_folder, overwrite, read_config, read_index, sha256
+from .checkpoints import CheckpointError, check_out, new_folder, overwrite, pieces, read_config, read_index, sha256, write_all
 from .families import disagreement, layer_kinds, planned_tensors
+from .in_place import note_head, write_result
 from .restore import qk_restore
 from .softmax_attention import attention_logits, rms_norm, rope_angles, rotate
 
@@ -229,18 +228,14 @@ _types = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torc
 
 def _read(entry: dict) -> torch.Tensor:
     "One tensor of `read_index`."
-    with open(entry["file"], "rb") as f:
-        f.seek(entry["start"])
-        data = bytearray(f.read(entry["end"] - entry["start"]))
-    return torch.frombuffer(data, dtype=_types[entry["dtype"]]).view(entry["shape"])
+    return torch.frombuffer(bytearray().join(pieces(entry)), dtype=_types[entry["dtype"]]).view(entry["shape"])
 
 
 def _write(entry: dict, tensor: torch.Tensor) -> str:
     "The tensor over what stands in the file; returns the hash of what was written."
-    with open(entry["file"], "r+b") as f:
-        f.seek(entry["start"])
-        f.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
-    return sha256(entry)
+    data = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    with open(entry["file"], "r+b", buffering=0) as f: write_all(f.fileno(), data, entry["start"])
+    return hashlib.sha256(data).hexdigest()
 
 
 def _pro_folders(pre: Path, post: Path, out: Path, layers, device, how: dict, said: dict) -> Path:
@@ -263,13 +258,7 @@ def _pro_folders(pre: Path, post: Path, out: Path, layers, device, how: dict, sa
                 else: after = overwrite(target, a[source])
                 note.append(dict(tensor=name, dtype=b[name]["dtype"], shape=b[name]["shape"], bytes=target["end"] - target["start"],
                                  sha256_post=before, sha256_restored=after))
-        file = part / "qk_restore.json"
-        made = dict(method="QK-Pro, arXiv 2606.11052", package=f"qkrestore_nb {__version__}", date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                    pre=str(pre), post=str(post), layers=layers if isinstance(layers, str) else [int(i) for i in layers], **said,
-                    rest="every other byte of the weights and every other file, README.md too, is that of post", tensors=note)
-        try: made["before"] = json.loads(file.read_text())
-        except (FileNotFoundError, ValueError): pass
-        file.write_text(json.dumps(made, indent=1) + "\n")
+        write_result(part, note_head("QK-Pro, arXiv 2606.11052", pre, post, layers) | said, note)
     return out
 
 # %% ../nbs/09_procrustes.ipynb #898be3d5

@@ -6,18 +6,16 @@ __all__ = ['plan_restore', 'qk_restore']
 # %% ../nbs/08_restore.ipynb #7d916c9f
 import json
 import re
-import time
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
-from . import __version__
 from .adapters import is_adapter, restore_adapter
 from .checkpoints import CheckpointError, _sync, bits, check_out, locked, new_folder, overwrite, pieces, read_config, read_index, sha256
 from .families import chosen_layers, disagreement, family_of, moves_by_hand, planned_moves, planned_tensors, stretches
 from .hub import hub_name, is_hub_id, local_folder
-from .in_place import check_in_place, write_journal, write_note
+from .in_place import check_in_place, note_head, write_journal, write_result
 
 # %% ../nbs/08_restore.ipynb #a82cf986
 def _known(config: dict) -> bool:
@@ -44,7 +42,7 @@ def _moves(pre_config: dict, post_config: dict, pre: dict, post: dict, layers, p
     return [(m, m) for m in moves]
 
 
-_scales = re.compile(r"\.(qweight|qzeros|scales|weight_scale(_inv|_2)?|weight_packed|weight_scale_inv|SCB|weight\.(absmax|quant_map|quant_state.*))$")
+_scales = re.compile(r"\.(qweight|qzeros|scales|weight_scale(_inv|_2)?|weight_packed|SCB|weight\.(absmax|quant_map|quant_state.*))$")
 
 
 def _jobs(pre_config: dict, post_config: dict, pre: dict, post: dict, heads=None, cast=False, **choice) -> list[dict]:
@@ -142,13 +140,6 @@ class _Mix:
         return made
 
 # %% ../nbs/08_restore.ipynb #d9506663
-def _write_note(path: Path, note: dict) -> None:
-    "What was done, and, where post was itself the result of a restore, what was done to it before."
-    try: note["before"] = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError): pass
-    write_note(path.parent, json.dumps(note, indent=1) + "\n")
-
-
 def _spot(t: dict, spans: list, folder: Path | None = None) -> dict:
     "A tensor of a file with its stretches in bytes; in a copy of its folder, if one is given."
     size = bits[t["dtype"]] // 8
@@ -225,11 +216,9 @@ def _restore_folders(pre: Path, post: Path, out: Path | None, layers, projection
                 rows[-1] |= dict(strength=strength, strength_achieved=mix.dot / mix.square if mix.square else None)
                 dot, square = dot + mix.dot, square + mix.square
         chosen = {"tensors_chosen" if k == "tensors" else k: v for k, v in choice.items() if v is not None and v != ""}
-        note = dict(method="QK-Restore, arXiv 2606.11052", package=f"qkrestore_nb {__version__}", date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                    pre=names[0] if names else str(pre), post=names[1] if names else str(post), layers=layers if isinstance(layers, str) else [int(i) for i in layers], projections=projections, **chosen)
+        note = note_head("QK-Restore, arXiv 2606.11052", *(names or (pre, post)), layers) | dict(projections=projections, **chosen)
         if strength < 1: note |= dict(strength=strength, strength_achieved=dot / square if square else None)
-        note |= dict(rest="every other byte of the weights and every other file, README.md too, is that of post", tensors=rows)
-        _write_note(part / "qk_restore.json", note)
+        write_result(part, note, rows)
     return out or post
 
 # %% ../nbs/08_restore.ipynb #80b4ccc7

@@ -50,7 +50,7 @@ def test_undo_brings_back_an_earlier_note(pair, tmp_path):
     assert snapshot(first) == before
 
 
-@pytest.mark.parametrize("where", ["overwrite", "_sync", "_write_note"])
+@pytest.mark.parametrize("where", ["overwrite", "_sync", "write_result"])
 def test_a_crash_in_the_middle_can_be_undone(pair, tmp_path, monkeypatch, where):
     pre, post = pair
     before, calls = snapshot(tmp_path), []

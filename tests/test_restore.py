@@ -122,7 +122,7 @@ def test_whatever_breaks_nothing_is_left(pair, tmp_path, monkeypatch, where, err
         assert not (tmp_path / "out").exists()
         if len(calls) > 1 or where == "note": raise error
         return real(*args, **kw)
-    target, name = {"overwrite": (restore, "overwrite"), "copy": (shutil, "copystat"), "sync": (checkpoints, "_sync"), "note": (restore, "_write_note")}[where]
+    target, name = {"overwrite": (restore, "overwrite"), "copy": (shutil, "copystat"), "sync": (checkpoints, "_sync"), "note": (restore, "write_result")}[where]
     real = getattr(target, name)
     monkeypatch.setattr(target, name, breaks)
     with pytest.raises((KeyboardInterrupt, RuntimeError, OSError, CheckpointError)): qk_restore(*pair, out=tmp_path / "out")
@@ -130,8 +130,8 @@ def test_whatever_breaks_nothing_is_left(pair, tmp_path, monkeypatch, where, err
 
 
 def test_an_output_that_appears_meanwhile_is_not_touched(pair, tmp_path, monkeypatch):
-    def rude(path, note): (tmp_path / "out").mkdir()
-    monkeypatch.setattr(restore, "_write_note", rude)
+    def rude(*args): (tmp_path / "out").mkdir()
+    monkeypatch.setattr(restore, "write_result", rude)
     with pytest.raises(CheckpointError, match="has appeared"): qk_restore(*pair, out=tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["out", "post", "pre"] and not os.listdir(tmp_path / "out")
 
