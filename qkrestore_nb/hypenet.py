@@ -229,15 +229,16 @@ class LightningAttention(nn.Module):
     def short_conv(self, q, k, v, cache, documents):
         "A causal convolution over the last few tokens of every channel, then SiLU. The cache keeps its inputs."
         T, width, sizes = q.shape[1], self.config.lightning_conv_size, [x.shape[-1] for x in (q, k, v)]
-        x = torch.cat([q, k, v], -1).transpose(1, 2)
-        if cache is not None: x = cache.update_conv_state(x, self.layer_idx, conv_kernel_size=width)
-        weight = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight]).to(x.dtype)
-        x = F.pad(x, (width - 1, 0))
-        if documents is None: y = F.conv1d(x, weight, groups=x.shape[1])[..., -T:]
-        else:  # tap by tap: a token of another document is not there
+        x = torch.cat([q, k, v], -1)
+        if cache is not None: x = cache.update_conv_state(x.transpose(1, 2), self.layer_idx, conv_kernel_size=width).transpose(1, 2)
+        weight = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight]).to(x.dtype)[:, 0]
+        x = F.pad(x, (0, 0, width - 1, 0))[:, -T - width + 1:]
+        # tap by tap: a few additions that a compiler joins with their neighbours, and a token of another document is left out
+        if documents is None: y = sum(weight[:, i] * x[:, i:i + T] for i in range(width))
+        else:
             d = F.pad(documents, (width - 1, 0), value=-1)
-            y = sum(weight[:, 0, i, None] * x[..., i:i + T] * (d[:, None, i:i + T] == documents[:, None]) for i in range(width))
-        return F.silu(y).transpose(1, 2).split(sizes, -1)
+            y = sum(weight[:, i] * x[:, i:i + T] * (d[:, i:i + T] == documents)[..., None] for i in range(width))
+        return F.silu(y).split(sizes, -1)
 
     def heads(self, q, k, v, rope):
         "Joined channels to heads: normed, rotated, repeated; each (B, T, H, D), and q scaled."

@@ -165,25 +165,25 @@ def _kernel_arguments(q, k, v, decay, state, borders) -> dict:
 @torch.library.custom_op("qkrestore_nb::lightning", mutates_args=())
 def _lightning(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor | None, borders: Tensor | None) -> tuple[Tensor, Tensor]:
     o, S = _fla().chunk_simple_gla_fwd(**_kernel_arguments(q, k, v, decay, state, borders), output_final_state=True)
-    return o.to(q.dtype), S
+    return o.to(q.dtype).contiguous(), S
 
 
 @_lightning.register_fake
 def _(q, k, v, decay, state, borders):
     N = len(q) if borders is None else len(borders) - 1
-    return torch.empty_like(v), v.new_empty(N, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+    return v.new_empty(v.shape), v.new_empty(N, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
 
 
 @torch.library.custom_op("qkrestore_nb::lightning_backward", mutates_args=())
 def _lightning_backward(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor | None, borders: Tensor | None,
                         do: Tensor, dS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv, _, d0 = _fla().chunk_simple_gla_bwd(**_kernel_arguments(q, k, v, decay, state, borders), do=do.contiguous(), dht=dS.contiguous())
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dS.new_empty(0) if d0 is None else d0
+    return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous(), dS.new_empty(0) if d0 is None else d0
 
 
 @_lightning_backward.register_fake
 def _(q, k, v, decay, state, borders, do, dS):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dS.new_empty(0) if state is None else torch.empty_like(state)
+    return *(x.new_empty(x.shape) for x in (q, k, v)), dS.new_empty(0) if state is None else state.new_empty(state.shape)
 
 
 def _remember(ctx, inputs, output): ctx.save_for_backward(*inputs)

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['vocabulary', 'token_id', 'digits', 'letters', 'keys', 'words', 'tests', 'encode', 'decode', 'ids_of', 'tokenizer',
-           'noise', 'essay', 'draw_keys', 'items', 'needle_rows', 'recall_test', 'answers', 'right']
+           'noise', 'essay', 'draw_keys', 'items', 'needle_rows', 'values_and_hops', 'recall_test', 'answers', 'right']
 
 # %% ../nbs/04_recall.ipynb #bd60436e
 import numpy as np
@@ -148,27 +148,66 @@ def _starts(rng, asked, needles, room, L, at_end):
     return np.take_along_axis(np.sort(gap, 1) + L * np.arange(n), order, 1)
 
 # %% ../nbs/04_recall.ipynb #78c322d4
+def values_and_hops(
+    rng: np.random.Generator,
+    haystack: np.ndarray,   # (B, T) filler; a copy is returned
+    values: int = 1,        # needles of each key
+    hops: int = 1,          # 2: the first needle names the key of the second
+    n: int = 4,             # keys a row, all of them asked for at the end
+) -> dict:
+    """Questions with more than one needle behind them: `QM k1 k2 IS v... w... DOT` wants every value of a key in the order of the
+    haystack, `QM k1 k2 IS k3 k4 IS v... DOT` follows a key to a key. ids, ask, body as in `needle_rows`. ValueError where they do not fit."""
+    B, T = haystack.shape
+    key, val = draw_keys(rng, B, hops * n, True), rng.choice(digits, (B, n * values, 5))
+    word = lambda w: np.full((B, n, 1), token_id[w])
+    first, last = key[:, :n], key[:, (hops - 1) * n:]
+    needles = [*items("N", np.repeat(last, values, 1), val).transpose(1, 0, 2)]  # values of a key stand beside each other
+    if hops == 2: needles += [*items("N", first, last).transpose(1, 0, 2)]
+    lengths = np.array([x.shape[1] for x in needles])
+    size = 5 * values + 5 + 3 * (hops - 1)
+    room = T - lengths.sum() - n * size
+    if room < 0: raise ValueError(f"{len(needles)} needles and {n} questions do not fit into {T} tokens")
+    order = rng.permuted(np.tile(np.arange(len(needles)), (B, 1)), axis=1)
+    for b in range(B):  # a key's values in the order in which the question wants them
+        for i in range(n): where = np.isin(order[b], np.arange(i * values, (i + 1) * values)); order[b, where] = np.sort(order[b, where])
+    begin = np.sort(rng.integers(0, room + 1, order.shape), 1) + np.cumsum(lengths[order], 1) - lengths[order]
+    ids, body, row = haystack.copy(), np.zeros((B, T), bool), np.arange(B)[:, None]
+    for i, needle in enumerate(needles):
+        at = np.take_along_axis(begin, (order == i).argmax(1)[:, None], 1) + np.arange(lengths[i])
+        ids[row, at], body[row, at] = needle, True
+    link = [last, word("IS")] if hops == 2 else []
+    question = np.concatenate([word("QM"), first, word("IS"), *link, val.reshape(B, n, -1), word("DOT")], -1)
+    question = question[row, np.argsort(rng.random((B, n)), 1)]
+    ids[:, T - n * size:], body[:, T - n * size:] = question.reshape(B, -1), True
+    ask = T - n * size + size * np.arange(n)[:, None] + np.r_[4:4 + 2 * (hops - 1), size - 1 - 5 * values:size - 1]
+    return dict(ids=ids, ask=np.broadcast_to(ask, (B, *ask.shape)), body=body)
+
+
 tests = dict(  # the haystack, and how many needles a row of T tokens holds
     S1=dict(filler=noise, needles=lambda T: 1, value="digits"),
     S2=dict(filler=essay, needles=lambda T: 1, value="digits"),
     S3=dict(filler=essay, needles=lambda T: 1, value="letters"),
     MK=dict(filler=essay, needles=lambda T: 8, value="digits"),
-    MF=dict(filler=essay, needles=lambda T: T // 24, value="digits", grid=False))
+    MF=dict(filler=essay, needles=lambda T: T // 24, value="digits", grid=False),
+    MV=dict(filler=essay, values=3),
+    HOP=dict(filler=essay, hops=2))
 
 
 def recall_test(
-    kind: str,           # S1, S2, S3, MK (eight similar keys) or MF (a haystack full of needles)
+    kind: str,           # S1, S2, S3, MK (eight similar keys), MF (a haystack full of needles), MV (three values a key) or HOP (two hops)
     B: int,              # haystacks
     T: int,              # tokens a haystack, its questions included
-    questions: int = 1,  # questions that share a haystack; at most its needles
+    questions: int = 1,  # questions that share a haystack; at most its needles. MV and HOP always ask four
     seed: int = 0,
 ) -> dict:
-    "One batch of a test: ids, ask, distance, body as in `needle_rows`. Raises ValueError for an unknown kind or too many questions."
+    "One batch of a test: ids, ask, body (and distance) as in `needle_rows`. Raises ValueError for an unknown kind or too many questions."
     if kind not in tests: raise ValueError(f"no recall test is called {kind!r}: choose from {', '.join(tests)}")
-    spec = dict(tests[kind])
-    needles, rng = spec.pop("needles")(T), np.random.default_rng([seed, T, *kind.encode()])
+    spec, rng = dict(tests[kind]), np.random.default_rng([seed, T, *kind.encode()])
+    haystack = spec.pop("filler")(rng, B, T)
+    if "needles" not in spec: return values_and_hops(rng, haystack, **spec)
+    needles = spec.pop("needles")(T)
     if questions > needles: raise ValueError(f"{kind} at {T} tokens has {needles} needles: ask at most that many questions")
-    return needle_rows(rng, spec.pop("filler")(rng, B, T), needles, questions, **spec)
+    return needle_rows(rng, haystack, needles, questions, **spec)
 
 # %% ../nbs/04_recall.ipynb #8a913d9b
 def answers(

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .reasoning import pack, problem
-from .recall import digits, essay, keys, letters, needle_rows, noise, token_id, words
+from .recall import digits, essay, ids_of, keys, letters, needle_rows, noise, token_id, values_and_hops, words
 
 # %% ../nbs/06_training.ipynb #cf4b7a9f
 def weighted_loss(
@@ -47,6 +48,14 @@ def _needle_rows(rng, B, T, filler, needles, questions, **kwargs):
     return rows["ids"], weights
 
 
+def _value_rows(rng, B, T, **kwargs):
+    "The same for several values a key, or two hops."
+    rows = values_and_hops(rng, essay(rng, B, T), **kwargs)
+    weights = np.where(rows["body"], 0, .02)
+    np.put_along_axis(weights, rows["ask"].reshape(B, -1), 1., 1)
+    return rows["ids"], weights
+
+
 def _problem_rows(rng, B, T, names, cot=True, most=2, rules=2, one=False):
     "Problems of the named tasks with 1 to `most` steps."
     stream = (problem(rng, str(rng.choice(names)), int(rng.integers(1, most + 1)), cot, rules) for _ in iter(int, 1))
@@ -61,6 +70,7 @@ kinds = dict(  # pre-training: share of the rows, and who makes them
     noise=(0.7, lambda rng, B, T: _needle_rows(rng, B, T, noise, min(16, T // 64), T // 32, at_end=False)),
     letters=(2.0, lambda rng, B, T: _needle_rows(rng, B, T, essay, min(16, T // 64), T // 42, value="letters", at_end=False)),
     single=(1.0, lambda rng, B, T: _needle_rows(rng, B, T, essay, 1, 1)),
+    values=(0.7, partial(_value_rows, values=3)), hops=(0.7, partial(_value_rows, hops=2)),
     direct=(0.5, partial(_problem_rows, names=["M", "D"], cot=False)),
     M=(1.0, partial(_problem_rows, names=["M"])), A=(0.7, partial(_problem_rows, names=["A"])), D=(1.0, partial(_problem_rows, names=["D"])))
 
@@ -84,16 +94,36 @@ def pretraining_batch(
     return torch.from_numpy(ids), torch.from_numpy(weights).float()
 
 # %% ../nbs/06_training.ipynb #e1ef2f0a
+_phrases = np.random.default_rng(2).integers(0, 178, (178, 4))  # four words may follow each word of small talk
+
+
+def _small_talk(rng, B, T):
+    "A question, then up to 60 words in which each depends on the one before it alone: long answers without a chain of thought."
+    known = np.concatenate([digits, letters, keys, ids_of("#0", 8)])
+    ids, weights = np.full((B, T), token_id["PAD"]), np.zeros((B, T))
+    for b in range(B):
+        question = problem(rng, str(rng.choice(["M", "A", "D", "H"])), int(rng.integers(1, 9)), cot=False)
+        ask = [i for i, k in zip(*question) if not k][:16]
+        n, word = int(rng.integers(8, 61)), int(rng.integers(178))  # 34 on average, as chains have
+        ids[b, :len(ask)] = ask
+        for t in range(len(ask), len(ask) + n):
+            ids[b, t], weights[b, t] = known[word], 1
+            word = int(_phrases[word, rng.integers(4)])
+    return ids, weights
+
+
 def sft_batch(
     step: int,           # as in `pretraining_batch`
     seed: int = 0,
     rows: int = 128,
     T: int = 112,        # tokens a row: the longest problem has 109, nothing here looks further back
-    cot: bool = True,    # False: the answer at once
+    answer: str = "cot",  # "cot"; "direct": the answer at once; "long": as many words as a chain has, without a thought
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    "One problem a row, of all four tasks, all rules and 1 to 8 steps; only the response has weight. ids and weights (rows, T)."
+    """Problems of all four tasks, all rules and 1 to 8 steps, one a row; only the response has weight. Direct answers are short: as many
+    problems as fit share a row, so that every kind of answer has about 35 tokens with weight a row. ids and weights (rows, T)."""
     rng = np.random.default_rng([seed, 1, step])
-    ids, weights = _problem_rows(rng, rows, T, ["M", "A", "D", "H"], cot, most=8, rules=4, one=True)
+    if answer == "long": ids, weights = _small_talk(rng, rows, T)
+    else: ids, weights = _problem_rows(rng, rows, T, ["M", "A", "D", "H"], answer == "cot", most=8, rules=4, one=answer == "cot")
     return torch.from_numpy(ids), torch.from_numpy(weights).float()
 
 # %% ../nbs/06_training.ipynb #b5e3aede
@@ -117,6 +147,9 @@ def _save(path: Path, **state):
     os.replace(part, path)
 
 
+def _layers(model): return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
 def train(
     model,                     # trained in place
     batch: Callable,           # step -> ids, weights
@@ -124,33 +157,43 @@ def train(
     lr: float,                 # of AdamW at its highest
     warmup: int = 100,         # steps
     weight_decay: float = 0.,  # of matrices; 0.1 while pre-training, none for SFT
-    dtype: str = "float32",    # of matrix products: bfloat16 on a GPU that has it; weights stay float32
+    dtype: str = "float32",    # of matrix products: bfloat16 on a GPU that has it, float16 (with a scaled loss) on older ones; weights stay float32
     file: str | Path | None = None,  # where to save the run every `every` steps; if it exists, go on from there
     every: int = 200,
     workers: int = 0,          # processes that prepare batches
     label: str = "training",
     look: Callable | None = None,  # look(step, model), called every `every` steps: a probe during training
+    rate: Callable = lambda name: 1.,  # parameter name -> factor on lr; 0 freezes it
 ) -> list[dict]:
     "Train with AdamW and a cosine to 10%; returns the log: step, loss, tokens_per_s. Interrupted runs resume with the same batches."
-    device = next(model.parameters()).device
-    matrices, others = [[p for p in model.parameters() if (p.ndim == 2) == m] for m in (True, False)]
-    opt = torch.optim.AdamW([dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0.)],
-                            lr=lr, betas=(.9, .95), fused=device.type == "cuda")
+    device, groups = next(model.parameters()).device, {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad: continue
+        if (factor := rate(name)) == 0: p.requires_grad_(False)
+        else: groups.setdefault((p.ndim == 2, factor), []).append(p)
+    opt = torch.optim.AdamW([dict(params=params, weight_decay=weight_decay * matrix, lr=lr * factor) for (matrix, factor), params in groups.items()],
+                            betas=(.9, .95), fused=device.type == "cuda")
     schedule = get_cosine_with_min_lr_schedule_with_warmup(opt, warmup, steps, min_lr_rate=.1)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")  # small gradients would be zero in float16
     start, log, file = 0, [], None if file is None else Path(file)
     if file and file.exists():
         saved = torch.load(file, map_location=device, weights_only=True)
         model.load_state_dict(saved["model"]), opt.load_state_dict(saved["opt"]), schedule.load_state_dict(saved["schedule"])
+        scaler.load_state_dict(saved["scaler"])
         start, log = saved["step"], saved["log"]
     model.train()
+    if device.type == "cuda":  # the step of a small model mostly moves memory: compiled layers move half of it
+        torch._dynamo.config.recompile_limit = 64  # every length is a shape of its own, and there are two kinds of layer
+        for layer in _layers(model): layer.compile(dynamic=False)
     batches = DataLoader(range(start, steps), batch_size=None, collate_fn=batch, num_workers=workers, pin_memory=device.type == "cuda")
     bar, seen, then = tqdm(batches, desc=label, total=steps, initial=start, mininterval=1.), 0, time.perf_counter()
     for step, (ids, weights) in enumerate(bar, start + 1):
         ids, weights = ids.to(device, non_blocking=True), weights.to(device, non_blocking=True)
         with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"): loss = weighted_loss(model, ids, weights)
-        loss.backward()
+        scaler.scale(loss).backward()
+        scaler.unscale_(opt)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
-        opt.step(), schedule.step(), opt.zero_grad(set_to_none=True)
+        scaler.step(opt), scaler.update(), schedule.step(), opt.zero_grad(set_to_none=True)
         seen += ids.numel()
         if step % 20 == 0 or step == steps:
             now = time.perf_counter()
@@ -158,6 +201,8 @@ def train(
             bar.set_postfix(loss=f"{loss.item():.3f}", tokens_per_s=f"{log[-1]['tokens_per_s']:,}")
             seen, then = 0, now
         if step % every == 0 or step == steps:
-            if file: _save(file, model=model.state_dict(), opt=opt.state_dict(), schedule=schedule.state_dict(), step=step, log=log)
-            if look: look(step, model.eval()), model.train()
+            if file: _save(file, model=model.state_dict(), opt=opt.state_dict(), schedule=schedule.state_dict(), scaler=scaler.state_dict(), step=step, log=log)
+            if look:
+                with torch.compiler.set_stance("force_eager"): look(step, model.eval()), model.train()
+    for layer in _layers(model): layer._compiled_call_impl = None  # as it came
     return log
