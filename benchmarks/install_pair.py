@@ -19,7 +19,7 @@ with tempfile.TemporaryDirectory() as folder:
     record = (Path(folder) / "results.json").read_text()
 (pair / "provenance.json").write_text(record)
 made = json.loads(record)
-target = ROOT / "results" / "experiment" / f"{made['config']['profile']}-hypenet7m-seed{made['seed']}.json"
+target = ROOT / "results" / "experiment" / f"shipped-hypenet7m-seed{made['seed']}.json"
 target.parent.mkdir(exist_ok=True)
 target.write_text(record)
 print(f"installed the pair of seed {made['seed']}, {made['date']}, {made['device']}")

@@ -242,22 +242,39 @@ def demo(
 
 @app.command()
 def experiment(
-    profile: Annotated[Optional[str], typer.Option(help="smoke (CPU, minutes) or gpu (one modern GPU). Default: what is there.")] = None,
-    out: Annotated[Optional[Path], typer.Option(help="Run folder; an interrupted run goes on. Default: qkrestore-experiment-PROFILE-seedN.")] = None,
-    seed: Annotated[int, typer.Option(help="Of weights, data and questions.")] = 0,
+    profile: Annotated[Optional[str], typer.Option(help="smoke (CPU, minutes), colab (an older GPU, from the shipped pre) or gpu (one modern GPU). Default: what is there.")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="Run folder, or with several seeds the folder of their run folders; an interrupted run goes on. Default: qkrestore-experiment-PROFILE-MODEL-seedN.")] = None,
+    seed: Annotated[str, typer.Option(help="Of weights, data and questions: a number, or several as in 0,1,2 or 0-4.")] = "0",
+    model: Annotated[str, typer.Option(help="hypenet7m, or first7m, spread7m, late7m (where the softmax layers stand), softmax7m.")] = "hypenet7m",
+    kinds: Annotated[str, typer.Option(help="Of fine-tuning: cot, direct, frozen, long, slow, lora; several with commas.")] = "cot",
+    full: Annotated[bool, typer.Option("--full", help="Measure every rival of QK-Restore.")] = False,
 ):
     """Pre-train a small hybrid, fine-tune it on chains of thought, restore, measure.
+
+    Several seeds on several GPUs: accelerate launch $(which qkrestore) experiment --seed 0-4
 
     Example: qkrestore experiment --profile smoke
     """
     import json
+    import os
+    from qkrestore_nb.checkpoints import CheckpointError
     from qkrestore_nb.experiment import run, table
-    done = run(profile, out, seed)
-    result = json.loads((done / "results.json").read_text())
-    typer.echo(table(result["scores"]))
-    if result["config"]["profile"] == "smoke":
-        typer.echo("\nThis profile runs the path, nothing more: its model is too small and too briefly trained to find a needle, so there is nothing to break or to restore.")
-    typer.echo(f"{result['wall_s']:.0f} s. Numbers: {done / 'results.json'}  Figure: {done / 'results.png'}")
+    try: seeds = [n for part in seed.split(",") for a, _, b in [part.partition("-")] for n in range(int(a), int(b or a) + 1)]
+    except ValueError: raise CheckpointError(f"--seed {seed}: give a number, or several as in 0,1,2 or 0-4") from None
+    if not seeds: raise CheckpointError(f"--seed {seed} names no seed: give a number, or several as in 0,1,2 or 0-4")
+    several = len(seeds) > 1
+    if "WORLD_SIZE" in os.environ:  # one of several processes: each takes its share of the seeds, and its own GPU
+        from accelerate import PartialState
+        state = PartialState()
+        seeds = seeds[state.process_index::state.num_processes]
+    if several and out: out.mkdir(exist_ok=True)
+    for n in seeds:
+        done = run(profile, out / f"seed{n}" if several and out else out, n, model, tuple(kinds.split(",")), full)
+        result = json.loads((done / "results.json").read_text())
+        typer.echo(table(result["scores"]))
+        if result["config"]["profile"] == "smoke":
+            typer.echo("\nThis profile runs the path, nothing more: its model is too small and too briefly trained to find a needle, so there is nothing to break or to restore.")
+        typer.echo(f"{result['wall_s']:.0f} s. Numbers: {done / 'results.json'}  Figure: {done / 'results.png'}")
 
 # %% ../nbs/14_cli.ipynb #c6109825
 def main(

@@ -277,17 +277,29 @@ def run(
     old = json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else dict(wall_s=0, config=dict(kinds=[], full=False))
     kinds, full = tuple(k for k in sfts if k in kinds or k in old["config"]["kinds"]), full or old["config"]["full"]
     if old["config"]["kinds"] == list(kinds) and old["config"]["full"] == full: return out
-    made = dict(pretraining=pretrain(recipe, out, seed, machine, fields))
     variants = [v for v in more_variants if v.split()[0] != "head" or int(v[-1]) < recipe["model"]["num_attention_heads"]] if full else []
-    for kind in kinds:
-        made["sft" if kind == "cot" else f"sft-{kind}"] = finetune(recipe, out, kind, seed, machine)
-        plan = [("cot", v, "recall") for v in main_variants] + [("cot", v, "fewer") for v in variants] if kind == "cot" else [(kind, v, "recall") for v in ("post", "restored", "vo")]
-        scores = measure(out, recipe, seed, machine, plan)
+    try:
+        made = dict(pretraining=pretrain(recipe, out, seed, machine, fields))
+        for i, kind in enumerate(kinds):
+            made["sft" if kind == "cot" else f"sft-{kind}"] = finetune(recipe, out, kind, seed, machine)
+            if kind == "cot": made["probes"] = made["sft"].pop("probes")
+            plan = [("cot", v, "recall") for v in main_variants] + [("cot", v, "fewer") for v in variants] if kind == "cot" else [(kind, v, "recall") for v in ("post", "restored", "vo")]
+            scores = measure(out, recipe, seed, machine, plan)
+            _write(out / "results.json", dict(**provenance(seed, **config, kinds=kinds[:i + 1], full=full),
+                                              wall_s=round(old["wall_s"] + time.perf_counter() - then, 1), scores=scores, **made))
+    except MemoryError as e: raise CheckpointError(_too_small(recipe)) from e
+    except RuntimeError as e:
+        if "out of memory" not in str(e): raise
+        raise CheckpointError(_too_small(recipe)) from e
     if not (out / "restored").exists(): qk_restore(out / "pre", out / "post", out=out / "restored")
-    result = dict(**provenance(seed, **config, kinds=kinds, full=full), wall_s=round(old["wall_s"] + time.perf_counter() - then, 1), scores=scores, probes=made["sft"].pop("probes"), **made)
-    _write(out / "results.json", result)
     figure(scores).savefig(out / "results.png")
     return out
+
+
+def _too_small(recipe: dict) -> str:
+    tokens = (recipe.get("pretraining_data") or dict(tokens=0))["tokens"] or recipe["sft_data"]["rows"] * recipe["sft_data"]["T"]
+    return (f"memory ran out with {tokens:,} tokens a step: free the device of other programs, or halve tokens (pretraining_data) and rows (sft_data) "
+            "of qkrestore_nb.experiment.recipes; what is finished is kept, the same command goes on")
 
 # %% ../nbs/10_amnesia.ipynb #b0488ca3
 names = dict(pre="before SFT", post="after CoT-SFT", restored="Q, K restored")

@@ -1,0 +1,59 @@
+"""Is it the weights, or the way of answering? `python benchmarks/asking.py` writes results/asking.json (minutes on two CPU cores).
+
+The shipped pair is asked for the same needles in three ways: with the answer's prefix given (as every test of the package does, so
+that no format has to be chosen), the same with nothing but digits to choose from, and inside a thinking span in the shape of the
+fine-tuning's own steps. If only the format had changed, the second would find what the first does not."""
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from qkrestore_nb.core import provenance
+from qkrestore_nb.experiment import pair
+from qkrestore_nb.hypenet import HypeNetForCausalLM
+from qkrestore_nb.recall import digits, recall_test, right, token_id
+from qkrestore_nb.variants import variant
+
+ROOT, SEED, ROWS, ASKED, LENGTHS, KINDS = Path(__file__).parent.parent, 13, 32, 8, (512, 1024), ("MK", "MF")
+
+
+def ways(kind: str, T: int) -> dict:
+    "The same haystacks and questions, asked in three ways: ids and ask."
+    test = recall_test(kind, ROWS, T, ASKED, SEED)
+    ids, body = test["ids"], test["ids"][:, :T - 10 * ASKED]
+    question = ids[:, T - 10 * ASKED:].reshape(ROWS, ASKED, 10)  # QM k1 k2 IS v v v v v DOT
+    word = lambda w: np.full((ROWS, ASKED, 1), token_id[w])
+    thought = np.concatenate([word("THINK"), word("#0"), word("N"), question[..., 1:]], -1)
+    place = lambda start, size, what: np.broadcast_to(start + size * np.arange(ASKED)[:, None] + np.array(what), (ROWS, ASKED, len(what)))
+    return dict(prefix=dict(ids=ids, ask=test["ask"]), digits=dict(ids=ids, ask=test["ask"]),
+                thinking=dict(ids=np.concatenate([body, thought.reshape(ROWS, -1)], 1), ask=place(T - 10 * ASKED, 12, range(6, 11))))
+
+
+def among_digits(model, ids, ask, rows=8) -> np.ndarray:
+    "Whether every token of an answer is the likeliest of the ten digits: (B, Q) bool."
+    found = []
+    for i in range(0, len(ids), rows):
+        x, where = torch.as_tensor(ids[i:i + rows]), torch.as_tensor(ask[i:i + rows])
+        with torch.no_grad(): logits = model(x, use_cache=False).logits[..., digits]
+        said = digits[logits.argmax(-1).numpy()]
+        found.append((np.take_along_axis(said, (where - 1).flatten(1).numpy(), 1) == np.take_along_axis(x.numpy(), where.flatten(1).numpy(), 1)).reshape(where.shape).all(-1))
+    return np.concatenate(found)
+
+
+then = time.perf_counter()
+pre, post = (HypeNetForCausalLM.from_pretrained(pair() / name, dtype=torch.float32).eval() for name in ("pre", "post"))
+a, b = ({n: w.clone() for n, w in m.state_dict().items()} for m in (pre, post))
+scores = {}
+for name in ("pre", "post", "restored", "interpolated 0.9"):
+    post.load_state_dict(variant(name, a, b, post.config))
+    for kind in KINDS:
+        for T in LENGTHS:
+            for way, batch in ways(kind, T).items():
+                ok = among_digits(post, **batch) if way == "digits" else right(post, batch)
+                scores.setdefault(name, {}).setdefault(f"{kind} {way}", {})[str(T)] = dict(correct=int(ok.sum()), n=ok.size)
+    print(name, {t: {x: f"{c['correct']}/{c['n']}" for x, c in v.items()} for t, v in scores[name].items()}, flush=True)
+record = json.loads((pair() / "provenance.json").read_text())
+result = dict(**provenance(SEED, pair=record["date"], rows=ROWS, asked=ASKED, lengths=LENGTHS), wall_s=round(time.perf_counter() - then, 1), scores=scores)
+(ROOT / "results" / "asking.json").write_text(json.dumps(result, indent=1) + "\n")
