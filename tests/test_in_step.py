@@ -127,7 +127,7 @@ def test_the_pair_has_its_record():
     from qkrestore_nb.experiment import pair
     record = json.loads((pair() / "provenance.json").read_text())
     assert {"seed", "config", "versions", "device", "wall_s", "scores"} <= record.keys()
-    name = f"{record['config']['profile']}-hypenet7m-seed{record['seed']}.json"
+    name = f"shipped-hypenet7m-seed{record['seed']}.json"
     assert json.loads((ROOT / "results" / "experiment" / name).read_text()) == record
     assert sum(p.stat().st_size for p in pair().rglob("*.safetensors")) <= 32e6
 
@@ -135,3 +135,61 @@ def test_the_pair_has_its_record():
 def test_readme_has_the_two_commands():
     fences = re.findall(r"^```bash\n(.*?)\n```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
     assert fences[:2] == ["pip install . && qkrestore demo", 'pip install ".[dev]" && pytest']
+
+
+def colab_cell() -> str:
+    ini = configparser.ConfigParser()
+    ini.read(ROOT / "settings.ini")
+    repo, user = ini["DEFAULT"]["repo"], ini["DEFAULT"]["user"]
+    return f"""#| hide
+# In Colab: fetch the package with its results, once. Anywhere else this cell does nothing.
+import sys
+if "google.colab" in sys.modules:
+    !test -d /content/{repo} || git clone -q --depth 1 https://github.com/{user}/{repo} /content/{repo}
+    %pip install -q "/content/{repo}[gpu]"
+    %cd -q /content/{repo}/nbs"""
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda p: p.name)
+def test_colab_cell(path):
+    "Every notebook begins with its title and the cell that fetches the package in Colab, with the address of settings.ini."
+    title, cell, *rest = json.loads(path.read_text())["cells"]
+    assert "".join(title["source"]).startswith("# ") and "".join(cell["source"]) == colab_cell()
+    assert not any("google.colab" in "".join(c["source"]) for c in rest)
+
+
+def test_colab_cell_fetches_there_and_nowhere_else(monkeypatch):
+    "The cell in IPython, its three commands noted instead of run."
+    from IPython.core.interactiveshell import InteractiveShell
+    shell, asked = InteractiveShell(), []
+    monkeypatch.setattr(shell, "system", lambda line: asked.append(line))
+    monkeypatch.setattr(shell, "run_line_magic", lambda name, line, *rest, **more: asked.append(f"{name} {line}"))
+    shell.run_cell(colab_cell())
+    assert asked == []
+    monkeypatch.setitem(sys.modules, "google.colab", object())
+    shell.run_cell(colab_cell())
+    assert [a.split()[0] for a in asked] == ["test", "pip", "cd"] and "torch" not in asked[1] and "-U" not in asked[1]
+
+
+SCHEMAS = {"vendor.github-workflows": "workflows/*.yml", "vendor.dependabot": "dependabot.yml",
+           "vendor.github-issue-forms": "ISSUE_TEMPLATE/[!c]*.yml", "vendor.github-issue-config": "ISSUE_TEMPLATE/config.yml"}
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_github_files(schema, tmp_path):
+    "Workflows, forms and dependabot's settings keep to GitHub's published schemas, and a mistake is seen."
+    paths = sorted((ROOT / ".github").glob(SCHEMAS[schema]))
+    check = lambda *files: run(BIN / "check-jsonschema", "--builtin-schema", schema, *files, cwd=ROOT)
+    done = check(*paths)
+    assert paths and done.returncode == 0, done.stdout
+    wrong = tmp_path / "wrong.yml"
+    wrong.write_text(paths[0].read_text() + "\nno-such-key: 1\n")
+    assert check(wrong).returncode == 1
+
+
+def test_workflows_run_what_ci_runs():
+    "The commands that README and CI have, and no others of our own."
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        for script in re.findall(r"(?:bash|python) (\S+\.py|\S*\.ci/\S+)", path.read_text()): assert (ROOT / script).is_file(), f"{path.name} calls {script}"
+    tests = (ROOT / ".github" / "workflows" / "tests.yml").read_text()
+    assert "bash .ci/run" in tests and 'pip install ".[dev]" && pytest' in tests
