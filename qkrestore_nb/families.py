@@ -59,6 +59,7 @@ families = {name: _default | entry for name, entry in dict(
     olmo_hybrid=dict(models=["olmo_hybrid"], kinds_from=[_layer_types, dict(period=4, offset=3)]),
     lfm2=dict(models=["lfm2", "lfm2_moe"], kinds_from=[_layer_types, dict(indices="full_attn_idxs", rest="conv"), dict(all="softmax")], parts=_out),
     lfm3=dict(models=["lfm3"]),
+    lara_mini=dict(models=["lara_mini"]),
     jamba=dict(models=["jamba"], kinds_from=[dict(period="attn_layer_period", otherwise=8, offset="attn_layer_offset", offset_otherwise=4)]),
     bamba=dict(models=["bamba"], kinds_from=[dict(indices="attn_layer_indices")]),
     granitemoehybrid=dict(models=["granitemoehybrid"], kinds_from=[_layer_types, _block_types]),
@@ -80,7 +81,7 @@ families = {name: _default | entry for name, entry in dict(
 _indexed = "an indexer with projections of its own chooses which tokens its attention sees, so that Q and K alone are not its routing"
 _convolved = "its keys (or queries) pass through a short convolution before the softmax, which would have to go back with them"
 refused = dict(glm5_next=_indexed, glm5_next_text=_indexed, qwen4_exp=_indexed, qwen4_exp_text=_indexed, inkling_text=_convolved, inkling_mm_model=_convolved,
-               inkling2=_convolved, inkling2_text=_convolved, zaya=_convolved)
+               inkling2=_convolved, inkling2_text=_convolved, inkling2_loop=_convolved, inkling2_loop_text=_convolved, zaya=_convolved)
 
 # %% ../nbs/08a_families.ipynb #f8b2a423
 def text_config(

@@ -45,6 +45,7 @@ CASES = {
     "lfm2, o": (base | dict(full_attn_idxs=[2]), dict(projections="o"), ["model.layers.2.self_attn.out_proj.weight"]),
     "lfm2_moe": (base | moe | dict(layer_types=["conv", "full_attention"] * 2, num_dense_layers=1), {}, qk(1, 3)),
     "lfm3": (base | dict(layer_types=["conv", "full_attention", "sliding_attention", "full_attention"]), {}, qk(1, 3)),
+    "lara_mini": (base | moe | delta | dict(layer_types=["linear_attention", "full_attention", "sliding_attention", "full_attention"]), {}, qk(1, 3)),
     "jamba": (base | moe | dict(attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4, mamba_dt_rank=2), {}, qk(1, 3)),
     "bamba": (base | mamba | dict(attn_layer_indices=[0, 3]), {}, qk(0, 3)),
     "bamba, bias": (base | mamba | dict(attn_layer_indices=[3], attention_bias=True), dict(include="bias"), [L.format(3, r).replace("weight", w) for r in "qk" for w in ("weight", "bias")]),
