@@ -8,7 +8,7 @@ from typing import Annotated, get_args, get_origin
 
 DOCS = Path(__file__).resolve().parent
 sys.path[:0] = [str(DOCS.parent), str(DOCS)]
-from prepare import settings
+from prepare import repository, settings
 
 project, author, copyright = "qkrestore_nb", "The qkrestore_nb authors", "2026, the qkrestore_nb authors"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx_copybutton", "sphinx_design"]
@@ -27,9 +27,8 @@ html_theme, html_title, html_favicon = "sphinx_book_theme", "qkrestore_nb", "_st
 html_static_path, html_css_files = ["_static"], ["site.css"]
 html_context = {"default_mode": "auto"}
 html_copy_source = html_show_sourcelink = False
-ini = settings()
 html_theme_options = {"launch_buttons": {"colab_url": "https://colab.research.google.com"}, "repository_provider": "github", "path_to_docs": "nbs",
-                      "repository_url": f"https://github.com/{ini['user']}/{ini['repo']}", "repository_branch": ini["branch"],
+                      "repository_url": repository(), "repository_branch": settings()["branch"],
                       "navbar_start": [], "navbar_center": [], "navbar_end": [], "navbar_persistent": [], "use_download_button": False,
                       "use_fullscreen_button": False, "show_toc_level": 2, "home_page_in_toc": True}
 

@@ -21,6 +21,12 @@ def settings() -> configparser.SectionProxy:
     return ini["DEFAULT"]
 
 
+def repository() -> str:
+    "The address that settings.ini gives."
+    ini = settings()
+    return f"https://github.com/{ini['user']}/{ini['repo']}"
+
+
 def directives(source: str) -> tuple[dict[str, str], str]:
     "The `#| name value` lines at the top of a cell, and the rest. Raises ValueError for a directive that the site does not know."
     lines = source.split("\n")
@@ -112,8 +118,7 @@ def prepare(nbs: Path = ROOT / "nbs", pages: Path = ROOT / "docs" / "pages") -> 
             api.append(f"## {module_of(nb)}\n\nFrom [{stem}]({stem}.ipynb).\n")
             api += [f"- {{py:obj}}`{k} <{module_of(nb)}.{k}>`: {v}" for k, v in found.items()]
             for k in found: names.setdefault(k, []).append(f"{module_of(nb)}.{k}")
-    ini = settings()
-    blob = f"https://github.com/{ini['user']}/{ini['repo']}/blob/{ini['branch']}/"
+    blob = f"{repository()}/blob/{settings()['branch']}/"
     index.cells.append(nbformat.v4.new_markdown_cell(tree("Chapters", list(notebooks)) + "\n\n" + tree("Reference", ["api"]), id="contents"))
     for stem, nb in {"index": index, **notebooks}.items(): nbformat.write(page(nb, names, blob), pages / f"{stem}.ipynb")
     (pages / "api.md").write_text("\n".join(api) + "\n")

@@ -257,7 +257,6 @@ def experiment(
     """
     import json
     import os
-    from qkrestore_nb.checkpoints import CheckpointError
     from qkrestore_nb.experiment import run, table
     try: seeds = [n for part in seed.split(",") for a, _, b in [part.partition("-")] for n in range(int(a), int(b or a) + 1)]
     except ValueError: raise CheckpointError(f"--seed {seed}: give a number, or several as in 0,1,2 or 0-4") from None

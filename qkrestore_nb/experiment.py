@@ -186,12 +186,12 @@ def finetune(
     seed: int,
     profile,
 ) -> dict:
-    "Fine-tune what was saved as pre, and save it: post for cot, sft-<name> for the others. Returns the record; that of cot has a probe during SFT."
+    "Fine-tune what was saved as pre, and save it: post for cot, sft-<name> for the others. Returns the record; for cot, probes.json says how recall and chains moved meanwhile."
     import torch
     from transformers import set_seed
     from qkrestore_nb.hypenet import HypeNetForCausalLM
     from qkrestore_nb.training import sft_batch, train
-    from qkrestore_nb.variants import members
+    from qkrestore_nb.families import planned_tensors
     choice, folder = sfts[name], _post(name)
     note = out / "probes.json"
     probes = json.loads(note.read_text()) if note.exists() else []
@@ -210,7 +210,7 @@ def finetune(
             # ten times the rate of full fine-tuning, as is usual for adapters
             model, how["lr"] = get_peft_model(model, LoraConfig(r=choice["rank"], lora_alpha=2 * choice["rank"], target_modules="all-linear")), 10 * how["lr"]
         if "qk_rate" in choice:
-            qk = set(members("restored", [n for n, _ in model.named_parameters()], model.config))
+            qk = planned_tensors(model.config.to_dict())
             rate = lambda n: choice["qk_rate"] if n in qk else 1.
         if name == "cot": probe(0, model.eval())
         log = train(model, partial(sft_batch, seed=seed, answer=choice.get("answer", "cot"), **recipe["sft_data"]), **how, file=out / f"{folder}.pt",
@@ -218,7 +218,7 @@ def finetune(
         save(model.merge_and_unload() if "rank" in choice else model, out / folder)
         return log
 
-    return _stage(out, f"sft-{name}", seed, make) | (dict(probes=probes) if name == "cot" else {})
+    return _stage(out, f"sft-{name}", seed, make)
 
 
 def _post(name: str) -> str: return "post" if name == "cot" else f"sft-{name}"
@@ -282,11 +282,11 @@ def run(
         made = dict(pretraining=pretrain(recipe, out, seed, machine, fields))
         for i, kind in enumerate(kinds):
             made["sft" if kind == "cot" else f"sft-{kind}"] = finetune(recipe, out, kind, seed, machine)
-            if kind == "cot": made["probes"] = made["sft"].pop("probes")
             plan = [("cot", v, "recall") for v in main_variants] + [("cot", v, "fewer") for v in variants] if kind == "cot" else [(kind, v, "recall") for v in ("post", "restored", "vo")]
             scores = measure(out, recipe, seed, machine, plan)
             _write(out / "results.json", dict(**provenance(seed, **config, kinds=kinds[:i + 1], full=full),
-                                              wall_s=round(old["wall_s"] + time.perf_counter() - then, 1), scores=scores, **made))
+                                              wall_s=round(old["wall_s"] + time.perf_counter() - then, 1), scores=scores,
+                                              probes=json.loads((out / "probes.json").read_text()), **made))
     except MemoryError as e: raise CheckpointError(_too_small(recipe)) from e
     except RuntimeError as e:
         if "out of memory" not in str(e): raise

@@ -40,20 +40,19 @@ def _copy_rows(rng, B, T):
     return ids, np.broadcast_to(np.arange(T) >= T - x.shape[1], (B, T)).astype(float)
 
 
-def _needle_rows(rng, B, T, filler, needles, questions, **kwargs):
+def _weighted(rows):
     "Answers weigh 1, filler 0.02 (so that it does not drown them), needles and questions nothing: nobody can predict those."
-    rows = needle_rows(rng, filler(rng, B, T), needles, questions, **kwargs)
     weights = np.where(rows["body"], 0, .02)
-    np.put_along_axis(weights, rows["ask"].reshape(B, -1), 1., 1)
+    np.put_along_axis(weights, rows["ask"].reshape(len(weights), -1), 1., 1)
     return rows["ids"], weights
+
+
+def _needle_rows(rng, B, T, filler, needles, questions, **kwargs):
+    return _weighted(needle_rows(rng, filler(rng, B, T), needles, questions, **kwargs))
 
 
 def _value_rows(rng, B, T, **kwargs):
-    "The same for several values a key, or two hops."
-    rows = values_and_hops(rng, essay(rng, B, T), **kwargs)
-    weights = np.where(rows["body"], 0, .02)
-    np.put_along_axis(weights, rows["ask"].reshape(B, -1), 1., 1)
-    return rows["ids"], weights
+    return _weighted(values_and_hops(rng, essay(rng, B, T), **kwargs))
 
 
 def _problem_rows(rng, B, T, names, cot=True, most=2, rules=2, one=False):

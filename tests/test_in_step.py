@@ -154,7 +154,7 @@ if "google.colab" in sys.modules:
 def test_colab_cell(path):
     "Every notebook begins with its title and the cell that fetches the package in Colab, with the address of settings.ini."
     title, cell, *rest = json.loads(path.read_text())["cells"]
-    assert "".join(title["source"]).startswith("# ") and "".join(cell["source"]) == colab_cell()
+    assert "".join(title["source"]).startswith("# ") and "".join(cell["source"]) == colab_cell(), "copy the second cell of another notebook"
     assert not any("google.colab" in "".join(c["source"]) for c in rest)
 
 
