@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Layers', 'Projections', 'Heads', 'Include', 'Mla', 'AsJson', 'restore', 'pro', 'inspect', 'verify', 'undo',
-           'demo', 'experiment', 'main']
+           'demo', 'experiment', 'needs', 'finetune', 'audit', 'main']
 
 # %% ../nbs/14_cli.ipynb #dbc72239
 import sys
@@ -274,6 +274,87 @@ def experiment(
         if result["config"]["profile"] == "smoke":
             typer.echo("\nThis profile runs the path, nothing more: its model is too small and too briefly trained to find a needle, so there is nothing to break or to restore.")
         typer.echo(f"{result['wall_s']:.0f} s. Numbers: {done / 'results.json'}  Figure: {done / 'results.png'}")
+
+# %% ../nbs/14_cli.ipynb #0656d6ba
+@app.command()
+def needs(
+    ckpt: Annotated[str, typer.Argument(help="Checkpoint: a folder or a hub id; only its config is read.")],
+    tokens: Annotated[int, typer.Option(help="Of the longest text.")] = 131072,
+    as_json: AsJson = False,
+):
+    """Say what reading a long text with CKPT takes, and what fine-tuning it takes, before anything is loaded.
+
+    Example: qkrestore needs chen-yingfa/HypeNet-2B --tokens 262144
+    """
+    import json
+    from qkrestore_nb.finetune import training_needs
+    from qkrestore_nb.scale import needs as count
+    n, train = count(ckpt, tokens), {str(g): training_needs(ckpt, 4096, g)["total_gb"] for g in (1, 2, 4, 8)}
+    if as_json: return typer.echo(json.dumps(n | dict(training_gb=train)))
+    typer.echo(f"{ckpt}: {n['parameters'] / 1e9:.2f} billion parameters, {n['disk_gb']:.1f} GB on disk in bfloat16\n"
+               f"reading {tokens:,} tokens: {n['total_gb']:.1f} GB (weights {n['weights_gb']:.1f}, keys and values {n['kv_gb']:.1f}, states {n['states_gb']:.2f}, work {n['work_gb']:.1f}), {n['flops']:.1e} FLOPs\n"
+               "fine-tuning all weights in rows of 4,096 tokens, GB on each GPU: " + ", ".join(f"{gb:.0f} on {g}" for g, gb in train.items()))
+
+
+@app.command()
+def finetune(
+    ckpt: Annotated[str, typer.Argument(help="PRE: a folder or a hub id.")],
+    data: Annotated[Path, typer.Argument(help='Json lines: {"messages": [...]}, or {"prompt": ..., "completion": ...}.')],
+    out: Annotated[Path, typer.Argument(help="Folder to make. It must not exist; an interrupted run goes on from OUT.run.")],
+    steps: Annotated[int, typer.Option(help="Of AdamW.")] = 1000,
+    tokens: Annotated[int, typer.Option(help="A row; conversations are packed into rows.")] = 4096,
+    rows: Annotated[int, typer.Option(help="A step, over all processes.")] = 16,
+    lr: Annotated[float, typer.Option(help="Highest rate, after 3% of the steps; then a cosine to 10%.")] = 1e-5,
+    rank: Annotated[int, typer.Option(help="Of a LoRA adapter on all linear layers; 0 trains all weights.")] = 0,
+    every: Annotated[int, typer.Option(help="Steps between saved states.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+):
+    """Fine-tune CKPT on conversations (chapter 13a).
+
+    On several GPUs: accelerate launch --num_processes 2 $(which qkrestore) finetune ...
+
+    Example: qkrestore finetune base/ chains.jsonl finetuned/ --steps 1000
+    """
+    try: from qkrestore_nb.finetune import finetune as tune; import accelerate
+    except ImportError as e: raise CheckpointError(f'{e.name} is missing: pip install "qkrestore_nb[train]"') from e
+    from tqdm import tqdm
+    with tqdm(total=steps, desc="fine-tuning", mininterval=1., disable=not sys.stderr.isatty()) as bar:
+        def look(step, loss): bar.n = step; bar.set_postfix(loss=f"{loss:.3f}"), bar.refresh()
+        done = tune(ckpt, data, out, steps, tokens, rows, lr, rank, every, seed, look=look)
+    import os
+    if os.environ.get("RANK", "0") == "0": typer.echo(f"{done}: {steps} steps on {data}. Losses and settings: {done / 'finetune.json'}" + (f"\nAn adapter: qkrestore restore {ckpt} {done} OUT takes Q and K of the softmax layers out of it." if rank else f"\nNext: qkrestore audit {ckpt} {done}"))
+
+
+@app.command()
+def audit(
+    pre: Annotated[Path, typer.Argument(help="Checkpoint folder before fine-tuning.")],
+    post: Annotated[Path, typer.Argument(help="Checkpoint folder after fine-tuning.")],
+    lengths: Annotated[str, typer.Option(help="Tokens, between commas.")] = "4096,16384",
+    haystacks: Annotated[int, typer.Option(help="Of each kind and length.")] = 16,
+    tasks: Annotated[Optional[Path], typer.Option(help='Json lines with "prompt" and "answer": reasoning before and after.')] = None,
+    room: Annotated[int, typer.Option(help="Tokens that the answer to a task may have.")] = 512,
+    page: Annotated[Optional[Path], typer.Option("--html", help="Write the page into this file.")] = None,
+    device: Annotated[Optional[str], typer.Option(help="Such as cuda. Default: a GPU where there is one.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the questions.")] = 0,
+    as_json: AsJson = False,
+):
+    """Ask PRE, POST and the restored POST the same questions about things far back; say whether to restore (chapter 13b).
+
+    Example: qkrestore audit base/ finetuned/ --lengths 4096,32768 --tasks gsm.jsonl --html audit.html
+    """
+    import json
+    import os
+    from qkrestore_nb.audit import audit as look, page as write, report
+    if page and os.path.lexists(page): raise CheckpointError(f"{page} exists: choose a name that is free")
+    if haystacks < 1: raise CheckpointError(f"--haystacks {haystacks}: ask at least one")
+    def tell(text):
+        if sys.stderr.isatty(): print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+    try:
+        with _told(): result = look(pre, post, tuple(_numbers(lengths, "--lengths")), haystacks, tasks, room, seed, device, tell)
+    except ValueError as e: raise CheckpointError(str(e)) from e
+    tell("")
+    if page: write(result, page)
+    typer.echo(json.dumps(result) if as_json else report(result) + (f"\n{page}" if page else ""))
 
 # %% ../nbs/14_cli.ipynb #c6109825
 def main(

@@ -102,7 +102,7 @@ class HypeNetConfig(PreTrainedConfig):
         for heads, kv, which in ((self.num_attention_heads, self.num_key_value_heads, "num_attention_heads / num_key_value_heads"),
                                  (self.lightning_nh, self.lightning_nkv, "lightning_nh / lightning_nkv")):
             if heads % kv: raise ValueError(f"{which}: {heads} query heads cannot share {kv} key heads evenly")
-        self.logit_scale  # raises on a scaling that it cannot read
+        self.query_scale  # raises on a scaling that it cannot read
 
     @classmethod
     def preset(cls, size: str, **changes) -> "HypeNetConfig":
@@ -121,7 +121,7 @@ class HypeNetConfig(PreTrainedConfig):
         return ["full_attention" if m == "attn" else "linear_attention" for m in self.mixer_types]
 
     @property
-    def logit_scale(self) -> tuple[str, float] | None:
+    def query_scale(self) -> tuple[str, float] | None:
         "attn_logits_scaling as ('hype', a), ('constant', factor) or None. A lone 'hype' means a = 362."
         s = self.attn_logits_scaling
         if s is None or isinstance(s, (int, float)): return None if s is None else ("constant", float(s))
@@ -174,7 +174,7 @@ class HypeNetAttention(nn.Module):
 
     def scale_queries(self, q, position_ids):
         "q times s_t: the sharper the longer the context is. s_t stays float32 until it has met q."
-        if (scale := self.config.logit_scale) is None: return q
+        if (scale := self.config.query_scale) is None: return q
         kind, a = scale
         return q * a if kind == "constant" else (q.float() * log_scale(position_ids, a)[:, :, None, None]).to(q.dtype)
 
@@ -424,15 +424,15 @@ for Config, Model in ((HypeNetConfig, HypeNetForCausalLM), (HybridConfig, Hybrid
 # %% ../nbs/03_hybrid.ipynb #086a38b8
 @torch.no_grad()
 def prefill(
-    model: "HypeNetForCausalLM",
+    model: PreTrainedModel,        # any causal language model
     input_ids: torch.Tensor,       # (B, T) without padding
     chunk: int = 8192,             # tokens a piece; activations take memory for one piece
     cache: Cache | None = None,    # a static cache saves copying; None: a dynamic one
 ) -> tuple[torch.Tensor, Cache]:
     "Read a long prompt piece by piece: logits of the last token (B, 1, V), and the cache to go on from."
     if cache is None: cache = DynamicCache(config=model.config)
-    for piece in input_ids.split(chunk, 1): x = model.model(piece, past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]
-    return model.lm_head(x), cache
+    for piece in input_ids.split(chunk, 1): x = model.base_model(piece, use_cache=True, **{_CACHE: cache}).last_hidden_state[:, -1:]
+    return model.get_output_embeddings()(x), cache
 
 # %% ../nbs/03_hybrid.ipynb #2021c752
 def compile_layers(
