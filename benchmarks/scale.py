@@ -1,7 +1,8 @@
 """HypeNet's published shapes at full size with random weights, on a GPU machine: `python benchmarks/scale.py OUT [section ...]`.
 
-Sections: 2b 5b 9b (prefill and answers at 128K and 256K), restore_9b (a pair of 17.7 GB checkpoints on this machine's disk), pro_9b (QK-Pro of
-all softmax layers on the GPU). One json each in OUT; what is finished is written at once."""
+Sections: 2b 5b 9b (prefill and answers at 128K and 256K), fsdp_2b (fine-tuning on one GPU and on all that there are), restore_9b (a pair of
+17.7 GB checkpoints on this machine's disk), pro_9b (QK-Pro of all softmax layers on the GPU). One json each in OUT; what is finished is
+written at once. LENGTHS, BIG (a folder for the large files) and TINY (a dry run anywhere) are environment variables."""
 import gc
 import json
 import os
@@ -20,7 +21,8 @@ from transformers import PreTrainedTokenizerFast
 
 from qkrestore_nb.core import provenance
 from qkrestore_nb.families import planned_tensors
-from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM, compile_layers
+from qkrestore_nb.finetune import training_needs
+from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM
 from qkrestore_nb.procrustes import qk_pro
 from qkrestore_nb.prose import local_text, prose_test
 from qkrestore_nb.scale import ask, compiled_step, needs
@@ -80,27 +82,23 @@ def record(out: Path, name: str, config: dict, **result):
 def reading(out: Path, size: str):
     "Seconds for one needle (reading and answering), and for each further question on the same haystack."
     from transformers import StaticCache
-    words, model, rows = tokenizer(), make(size), []
-    step = compiled_step(model) if DEVICE == "cuda" else None
+    words, model = tokenizer(), make(size)
+    first_s = clock(lambda: ask(model, words, prose_test("multikey_1", words, 20000 if not TINY else 1024, 1)[0], room=4))  # kernels are chosen and compiled once
     for T in LENGTHS:
-        cache = StaticCache(config=model.config, max_cache_len=T + 8)
+        torch._dynamo.reset()  # a program for this length's cache, not one for any
+        cache, step = StaticCache(config=model.config, max_cache_len=T + 8), compiled_step(model) if DEVICE == "cuda" else None
         hay = prose_test("multikey_1", words, T, 1, questions=4)[0]
         one = hay | dict(questions=hay["questions"][:1])
-        if T == LENGTHS[0]:  # kernels are chosen and compiled once
-            first_s = clock(lambda: ask(model, words, prose_test("multikey_1", words, 20000 if not TINY else 1024, 1)[0], room=4))
-            eager_s = clock(lambda: ask(model, words, one, cache=cache))
         compile_s = clock(lambda: ask(model, words, prose_test("multikey_1", words, 20000 if not TINY else 1024, 1)[0], 8, cache=cache, step=step))
         peak_gb(reset=True)
         read = [clock(lambda: ask(model, words, one, room=1, cache=cache)) for _ in range(2)]
-        answered = [clock(lambda: ask(model, words, one, cache=cache, step=step)) for _ in range(2)]
+        answered = clock(lambda: ask(model, words, one, cache=cache, step=step))
         four = clock(lambda: ask(model, words, hay, cache=cache, step=step))
         n = needs(model.config, hay["tokens"])
-        rows.append(dict(T=T, tokens=hay["tokens"], read_s=read, answered_s=answered, four_questions_s=four, further_question_s=(four - statistics.median(answered)) / 3,
-                         peak_gpu_gb=peak_gb(), needs=n, tokens_per_s=hay["tokens"] / min(read),
-                         mfu=next((n["flops"] / min(read) / p for g, p in PEAK.items() if DEVICE == "cuda" and g in torch.cuda.get_device_name()), None)))
-        print({k: v for k, v in rows[-1].items() if k != "needs"}, flush=True)
-        last = rows[-1]
-        record(out, f"prefill_{size.lower()}_{T // 1024}k", dict(size=size, T=T, chunk=16384, room=128, weights="random"), first_s=first_s, compile_s=compile_s, eager_decoding_s=eager_s, seconds=statistics.median(answered), **last)
+        mfu = next((n["flops"] / min(read) / p for g, p in PEAK.items() if DEVICE == "cuda" and g in torch.cuda.get_device_name()), None)
+        record(out, f"prefill_{size.lower()}_{T // 1024}k", dict(size=size, T=T, chunk=16384, room=128, weights="random"), seconds=answered, tokens=hay["tokens"], read_s=read, answered_s=answered,
+               four_questions_s=four, further_question_s=(four - answered) / 3, first_s=first_s, compile_s=compile_s, peak_gpu_gb=peak_gb(), tokens_per_s=hay["tokens"] / min(read), mfu=mfu, needs=n)
+        del cache, step
     del model
 
 
@@ -113,8 +111,46 @@ def watched(command: list[str]) -> tuple[float, float]:
     return time.perf_counter() - then, int(done.stderr.split()[-1]) / 1024
 
 
+def chains(file: Path, n: int, seed: int = 0):
+    "Conversations of 100 to 700 tokens in random words: what is said has no bearing on the time it takes."
+    rng, words = random.Random(seed), local_text()
+    with open(file, "w") as f:
+        for _ in range(n):
+            said = lambda k: " ".join(rng.choices(words, k=k))
+            f.write(json.dumps(dict(prompt=said(20), completion=said(rng.randint(40, 320)))) + "\n")
+
+
+def tuning(out: Path, steps: int = 10, rows: int = 8):
+    "Fine-tuning the 2B on one GPU, then with the same settings on all: losses, seconds a step, memory."
+    gpus = sorted({1, max(1, torch.cuda.device_count())}) if DEVICE == "cuda" else [1, 2]
+    T, runs = 256 if TINY else 4096, []
+    with tempfile.TemporaryDirectory(dir=os.environ.get("BIG")) as folder:
+        folder, model, words = Path(folder), make("2B"), tokenizer()
+        words.add_special_tokens(dict(eos_token="<|end|>"))
+        model.save_pretrained(folder / "pre"), words.save_pretrained(folder / "pre"), chains(folder / "chains.jsonl", 2000)
+        (folder / "qkrestore").write_text("from qkrestore_nb.cli import main\nmain()\n")  # what pip would put there
+        del model
+        gc.collect()
+        if DEVICE == "cuda": torch.cuda.empty_cache()
+        for n in gpus:
+            launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(n), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"] + ["--multi_gpu"] * (n > 1)
+            if DEVICE == "cpu": launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n)]
+            env = dict(os.environ, CUDA_VISIBLE_DEVICES=",".join(map(str, range(n)))) if DEVICE == "cuda" else os.environ
+            tune = [str(folder / "qkrestore"), "finetune", str(folder / "pre"), str(folder / "chains.jsonl"), str(folder / f"post{n}"), "--steps", str(steps), "--rows", str(rows), "--tokens", str(T)]
+            then = time.perf_counter()
+            subprocess.run(launch + tune, env=env, check=True, timeout=300)
+            done = json.loads((folder / f"post{n}" / "finetune.json").read_text())
+            step_s = statistics.median(r["seconds"] for r in done["log"][steps // 2:])
+            runs.append(dict(gpus=n, whole_s=time.perf_counter() - then, step_s=step_s, tokens_per_s=rows * T / step_s, peak_gpu_gb=done["peak_gpu_gb"],
+                             needs_gb=training_needs(shape("2B"), T, n)["total_gb"], losses=[r["loss"] for r in done["log"]], seconds=[r["seconds"] for r in done["log"]]))
+            shutil.rmtree(folder / f"post{n}")
+            one = runs[0]
+            record(out, "fsdp_2b", dict(size="2B", T=T, rows=rows, steps=steps, lr=1e-5, weights="random"), seconds={r["gpus"]: r["step_s"] for r in runs}, peak_gpu_gb={r["gpus"]: r["peak_gpu_gb"] for r in runs},
+                   ratio=one["step_s"] / runs[-1]["step_s"], largest_difference_of_losses=max(abs(a - b) for a, b in zip(one["losses"], runs[-1]["losses"])), rows=runs)
+
+
 def restoring(out: Path):
-    "Restore a full-size pair on disk: time, memory, ratio to cp."
+    "Restore a full-size pair on disk: time, memory, ratio to cp, and to cp with its bytes on the disk too."
     config = shape("9B")
     with tempfile.TemporaryDirectory(dir=os.environ.get("BIG", None)) as folder:
         folder, written = Path(folder), []
@@ -123,21 +159,21 @@ def restoring(out: Path):
             written.append(clock(lambda: model.save_pretrained(folder / name, max_shard_size="5GB")))
             del model
             gc.collect()
+            if DEVICE == "cuda": torch.cuda.empty_cache()
         size = sum(p.stat().st_size for p in (folder / "post").glob("*.safetensors"))
         print("written", size, written, flush=True)
         rows = []
-        for i in range(3):
-            for way in ("restore", "cp") if i % 2 else ("cp", "restore"):
-                if way == "cp":
-                    s, rss = clock(lambda: subprocess.run(["cp", "-r", folder / "post", folder / "out"], check=True)), None
-                else: s, rss = watched(["restore", str(folder / "pre"), str(folder / "post"), str(folder / "out"), "--json"])
-                if way == "restore" and i == 0: verify_s = watched(["verify", str(folder / "out"), str(folder / "pre"), str(folder / "post")])[0] if "--verify" in sys.argv else None
+        def cp(then: str = "true"): return lambda: (clock(lambda: subprocess.run(f"cp -r '{folder}/post' '{folder}/out' && {then}", shell=True, check=True)), None)
+        ways = {"restore": lambda: watched(["restore", str(folder / "pre"), str(folder / "post"), str(folder / "out"), "--json"]), "cp": cp(), "cp, fsync": cp(f"sync '{folder}'/out/*")}
+        for i in range(int(os.environ.get("ROUNDS", 3))):
+            for way in random.Random(i).sample(list(ways), 3):
+                s, rss = ways[way]()
                 rows.append(dict(way=way, seconds=s, peak_rss_mib=rss))
                 print(rows[-1], flush=True)
                 shutil.rmtree(folder / "out")
-            median = {w: statistics.median(r["seconds"] for r in rows if r["way"] == w) for w in ("restore", "cp")}
-            record(out, "restore_9b", dict(size="9B", bytes=size, tensors=len(planned_tensors(config.to_dict())), fsync=True, weights="random"),
-                   seconds=median["restore"], cp_s=median["cp"], ratio=median["restore"] / median["cp"], peak_rss_mib=max(r["peak_rss_mib"] or 0 for r in rows), write_s=written, rows=rows)
+            median = {w: statistics.median(r["seconds"] for r in rows if r["way"] == w) for w in ways}
+            record(out, "restore_9b", dict(size="9B", bytes=size, tensors=len(planned_tensors(config.to_dict())), fsync=True, weights="random"), seconds=median["restore"], cp_s=median["cp"], cp_fsync_s=median["cp, fsync"],
+                   ratio=median["restore"] / median["cp"], ratio_fsync=median["restore"] / median["cp, fsync"], peak_rss_mib=max(r["peak_rss_mib"] or 0 for r in rows), write_s=written, rows=rows)
 
 
 def pro(out: Path):
@@ -158,7 +194,7 @@ def pro(out: Path):
            copying_s=statistics.median(plain), peak_gpu_gb=peak_gb(), rows=rows)
 
 
-SECTIONS = {"2b": lambda o: reading(o, "2B"), "5b": lambda o: reading(o, "5B"), "9b": lambda o: reading(o, "9B"), "restore_9b": restoring, "pro_9b": pro}
+SECTIONS = {"2b": lambda o: reading(o, "2B"), "5b": lambda o: reading(o, "5B"), "9b": lambda o: reading(o, "9B"), "fsdp_2b": tuning, "restore_9b": restoring, "pro_9b": pro}
 
 if __name__ == "__main__":
     out, chosen = Path(sys.argv[1]), [a for a in sys.argv[2:] if a in SECTIONS] or list(SECTIONS)

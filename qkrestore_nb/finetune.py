@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -106,8 +107,9 @@ def training_needs(
     config = _config(checkpoint)
     c, parameters = text_config(config.to_dict()), needs(config, T)["parameters"]
     d, ffn, layers = c["hidden_size"], c.get("intermediate_size") or 4 * c["hidden_size"], c["num_hidden_layers"]
-    state = 2 * parameters if lora else 16 * parameters / gpus + 2 * parameters / layers
-    gb = dict(state=state, activations=2 * T * (layers * d + 8 * d + 5 * ffn), logits=(2 + 4 + 4 + 4) * T * c["vocab_size"])
+    whole = (gpus > 1) * (12 * parameters / layers + 8 * c["vocab_size"] * d)  # two layers and a gradient on their way, the embedding and its gradient
+    state = 2 * parameters if lora else 16 * parameters / gpus + whole
+    gb = dict(state=state, activations=4 * T * layers * d + 2 * T * (8 * d + 5 * ffn), logits=(2 + 4 + 4 + 4) * T * c["vocab_size"])
     return {f"{k}_gb": v / 1e9 for k, v in (gb | dict(total=sum(gb.values()))).items()}
 
 # %% ../nbs/13a_finetune.ipynb #647967ae
@@ -115,9 +117,12 @@ def _accelerator(mixed: bool):
     "One process: as it is. Several GPUs: weights, gradients and moments sharded (FSDP2), layer by layer. Several CPU processes: copies (DDP)."
     import torch
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
-    cuda = torch.cuda.is_available()
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and cuda
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True, state_dict_type="SHARDED_STATE_DICT") if several else None
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+    cuda, plugin = torch.cuda.is_available(), None
+    if cuda and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # weights travel in float32 and meet autocast where they are used, as on one card; bfloat16 would halve the traffic and round the residual stream
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True,
+                                                state_dict_type="SHARDED_STATE_DICT", mixed_precision_policy=MixedPrecisionPolicy())
     return Accelerator(mixed_precision="bf16" if mixed else "no", fsdp_plugin=plugin, cpu=not cuda)
 
 
@@ -138,11 +143,6 @@ def _open(out: Path, recipe: dict, main: bool) -> Path:
 def _latest(run: Path) -> Path | None:
     "The newest complete state of a run."
     return max((p for p in run.glob("state-*") if (p / "done.json").exists()), key=lambda p: int(p.name[6:]), default=None)
-
-
-def _layer_name(model) -> str:
-    "The class that FSDP shards by."
-    return next(iter(model._no_split_modules))
 
 # %% ../nbs/13a_finetune.ipynb #666617c6
 def finetune(
@@ -185,7 +185,6 @@ def finetune(
     model.train()
     plain = model.base_model.model if rank else model
     getattr(plain, "activation_checkpointing_enable", plain.gradient_checkpointing_enable)(dict(use_reentrant=False))  # its name from transformers 5.24 on
-    if world > 1 and cuda: accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = [_layer_name(plain)]
     opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, betas=(.9, .95), weight_decay=0., fused=cuda)
     model, opt = accelerator.prepare(model, opt)
     schedule = get_cosine_with_min_lr_schedule_with_warmup(opt, max(1, steps * 3 // 100), steps, min_lr_rate=.1)
@@ -198,12 +197,14 @@ def finetune(
     def stream():
         while True: yield from packed_rows(read_chats(data), tokenizer, T)
     mine = islice(stream(), start * rows + me, None, world)  # the rows of the steps that are done are passed over
+    reader = ThreadPoolExecutor(1)
+    coming = reader.submit(lambda: list(islice(mine, rows // world)))
     for step in range(start + 1, steps + 1):
-        then, share = time.perf_counter(), [next(mine) for _ in range(rows // world)]
+        then, share = time.perf_counter(), coming.result()
+        if step < steps: coming = reader.submit(lambda: list(islice(mine, rows // world)))  # text becomes tokens while the card is busy
         tokens = accelerator.reduce(torch.tensor(float(sum(sum(y >= 0 for y in r["labels"][1:]) for r in share)), device=accelerator.device))
         total = 0.
-        for i, row in enumerate(share):
-            if hasattr(model, "set_requires_gradient_sync"): model.set_requires_gradient_sync(i == len(share) - 1)
+        for row in share:  # gradients are summed over the cards after each row: kept whole until the last, they would fill every card
             with accelerator.autocast(): loss = summed_loss(model, row)[0] * world / tokens  # gradients are averaged over cards
             accelerator.backward(loss)
             total += loss.detach() / world
@@ -232,16 +233,19 @@ def _keep(accelerator, run: Path, step: int, log: list):
 
 def _finish(accelerator, model, config, dtype, tokenizer, run, out, rank, recipe, log) -> Path:
     "Write out from what the cards hold, under its name only when complete; the folder of the run goes."
+    import torch
+    peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
     weights = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         part = run / "out"
         shutil.rmtree(part, ignore_errors=True)
-        weights = {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
         inner = accelerator.unwrap_model(model)
+        once = {n for named in (inner.named_parameters, inner.named_buffers) for n, _ in named()}  # a tied head has the embedding's name alone
+        weights = {k: v for k, v in weights.items() if k in once}
         config.dtype = dtype
-        inner.save_pretrained(part, state_dict=weights)
+        inner.save_pretrained(part, state_dict={k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()})
         tokenizer.save_pretrained(part)
-        (part / "finetune.json").write_text(json.dumps(dict(**provenance(**recipe), processes=accelerator.num_processes, log=log), indent=1))
+        (part / "finetune.json").write_text(json.dumps(dict(**provenance(**recipe), processes=accelerator.num_processes, peak_gpu_gb=peak, log=log), indent=1))
         part.rename(out)
         shutil.rmtree(run)
     accelerator.wait_for_everyone()

@@ -106,16 +106,23 @@ def bookmark(
     return [{k: v if k in ("keys", "values") else _copied(v) for k, v in vars(layer).items()} for layer in cache.layers]
 
 
+def _put_back(now, kept):
+    "kept, where now stands: compiled code knows tensors by their address, so they are written into."
+    import torch
+    if isinstance(kept, dict):
+        for k, v in kept.items(): now[k] = _put_back(now[k], v)
+        return now
+    if not isinstance(kept, torch.Tensor): return kept
+    return now.copy_(kept) if isinstance(now, torch.Tensor) else kept.clone()
+
+
 def rewind(
     cache,
     mark: list[dict],  # from `bookmark`
 ):
     "Set the cache back to it."
-    import torch
     for layer, kept in zip(cache.layers, mark):
-        for k, v in kept.items():
-            if isinstance(v, torch.Tensor) and k not in ("keys", "values"): getattr(layer, k).copy_(v)  # in place: compiled code knows the address
-            else: setattr(layer, k, _copied(v) if isinstance(v, dict) else v)
+        for k, v in kept.items(): setattr(layer, k, v if k in ("keys", "values") else _put_back(getattr(layer, k), v))
 
 # %% ../nbs/13_hypenet_at_scale.ipynb #d5a17733
 def compiled_step(
