@@ -126,18 +126,28 @@ def _accelerator(mixed: bool):
     return Accelerator(mixed_precision="bf16" if mixed else "no", fsdp_plugin=plugin, cpu=not cuda)
 
 
-def _open(out: Path, recipe: dict, main: bool) -> Path:
-    "The folder of the run. CheckpointError where out exists, or another run stands there."
+def _run_folder(out: Path, recipe: dict) -> Path:
+    "Where the run keeps its states. CheckpointError where out exists, or another run stands there."
     run = out.with_name(out.name + ".run")
     if os.path.lexists(out): raise CheckpointError(f"{out} exists: choose a name that is free")
     if not out.resolve().parent.is_dir(): raise CheckpointError(f"there is no folder {out.resolve().parent} to put {out.name} into: make it first")
     note = run / "recipe.json"
     if note.exists() and json.loads(note.read_text()) != json.loads(json.dumps(recipe)):
         raise CheckpointError(f"{run} holds a run with other settings: repeat them, choose another name, or remove it")
-    if main and not note.exists():
-        run.mkdir(exist_ok=True)
-        note.write_text(json.dumps(recipe, indent=1))
     return run
+
+
+def _check_room(config, T: int, world: int, rank: int, out: Path, cuda: bool):
+    "CheckpointError where memory or the disk is too small for the run, with the numbers."
+    from qkrestore_nb.scale import needs, room_gb
+    sizes = {n: training_needs(config, T, n if cuda else 1, bool(rank))["total_gb"] for n in (world, 2 * world, 4 * world)}
+    need, free = sizes[world] * (1 if cuda else world), room_gb("cuda" if cuda else "cpu")
+    if need > free:
+        more = f"{2 * world} cards would need {sizes[2 * world]:.0f} GB each, {4 * world} {sizes[4 * world]:.0f}; " if cuda and not rank else ""
+        raise CheckpointError(f"this takes about {need:.1f} GB of memory{' on each card' * cuda}, and {free:.1f} GB are free: {more}fewer tokens a row{'' if rank else ', or an adapter (rank 16, say),'} take less")
+    parameters = needs(config, T)["parameters"]
+    disk, left = (.5 if rank else 26) * parameters / 1e9 + 4 * parameters / 1e9, shutil.disk_usage(out.resolve().parent).free / 1e9  # two states of weights and moments, and out
+    if disk > left: raise CheckpointError(f"states and result take up to {disk:.1f} GB of disk, and {out.resolve().parent} has {left:.1f} GB left: make room, or choose another place")
 
 
 def _latest(run: Path) -> Path | None:
@@ -170,11 +180,17 @@ def finetune(
     mixed = (dtype or ("bfloat16" if cuda else "float32")) == "bfloat16"
     accelerator, out = _accelerator(mixed), Path(out)
     world, me = accelerator.num_processes, accelerator.process_index
+    for name, value, least in (("steps", steps, 1), ("rows", rows, 1), ("every", every, 1), ("T", T, 2)):
+        if value < least: raise CheckpointError(f"{name} is {value}: it must be at least {least}")
     if rows % world: raise CheckpointError(f"{rows} rows a step cannot be dealt to {world} processes: choose a multiple of {world}")
     if not sum(1 for _ in read_chats(data)): raise CheckpointError(f"{data} holds no conversation")  # a broken line is better found now than tonight
     recipe = dict(checkpoint=str(checkpoint), data=str(data), steps=steps, T=T, rows=rows, lr=lr, rank=rank, seed=seed)
-    run = _open(out, recipe, accelerator.is_main_process)
-    accelerator.wait_for_everyone()
+    run = _run_folder(out, recipe)
+    _check_room(_config(checkpoint), T, world, rank, out, cuda)
+    accelerator.wait_for_everyone()  # all have looked before one writes
+    if accelerator.is_main_process:
+        run.mkdir(exist_ok=True)
+        (run / "recipe.json").write_text(json.dumps(recipe, indent=1))
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     set_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16 if rank and cuda else torch.float32)
@@ -205,7 +221,7 @@ def finetune(
         tokens = accelerator.reduce(torch.tensor(float(sum(sum(y >= 0 for y in r["labels"][1:]) for r in share)), device=accelerator.device))
         total = 0.
         for row in share:  # gradients are summed over the cards after each row: kept whole until the last, they would fill every card
-            with accelerator.autocast(): loss = summed_loss(model, row)[0] * world / tokens  # gradients are averaged over cards
+            with accelerator.autocast(): loss = summed_loss(model, row)[0] * world / tokens.clamp(min=1)  # gradients are averaged over cards
             accelerator.backward(loss)
             total += loss.detach() / world
         accelerator.clip_grad_norm_(model.parameters(), 1.)

@@ -62,7 +62,8 @@ def room_gb(
     "GB that are free."
     import torch
     if device.startswith("cuda"): return torch.cuda.mem_get_info()[0] / 1e9
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    try: return next(int(line.split()[1]) for line in open("/proc/meminfo") if line.startswith("MemAvailable")) * 1024 / 1e9  # what the page cache holds can be had
+    except OSError: return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
 def load(

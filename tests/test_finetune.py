@@ -1,0 +1,238 @@
+"Fine-tuning on conversations: one process and several, sharded and not, stopped and gone on with, against TRL, and with bad input."
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qkrestore_nb import finetune as ft
+from qkrestore_nb.checkpoints import CheckpointError
+from qkrestore_nb.cli import main
+
+SETTINGS = dict(steps=6, T=128, rows=4, lr=3e-3, every=2)
+
+
+def small_tokenizer(size: int = 1000):
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+    from qkrestore_nb.prose import local_text
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator([" ".join(local_text()[:20000])], vocab_size=size, special_tokens=["<|end|>", "<|user|>", "<|assistant|>"], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    return tokenizer
+
+
+def write_sums(file: Path, n: int = 200):
+    rng = random.Random(0)
+    with open(file, "w") as f:
+        for _ in range(n):
+            a, b = rng.randint(1, 50), rng.randint(1, 50)
+            f.write(json.dumps(dict(prompt=f"{a} and {b}?", completion=f"{a} + {b} = {a + b}. " * rng.randint(1, 3))) + "\n")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    "A folder with pre/ (a tiny hybrid, its head tied to the embedding), sums.jsonl, and post/ of an undisturbed run in one process."
+    from transformers import set_seed
+    from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM
+    folder = tmp_path_factory.mktemp("finetune")
+    set_seed(0)
+    HypeNetForCausalLM(HypeNetConfig.preset("2B", vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+                                            lightning_nh=2, lightning_nkv=2, lightning_head_dim=32, mixer_types=["lightning-attn", "attn"] * 2, initializer_range=.2)).save_pretrained(folder / "pre")
+    small_tokenizer().save_pretrained(folder / "pre")
+    write_sums(folder / "sums.jsonl")
+    ft.finetune(folder / "pre", folder / "sums.jsonl", folder / "post", **SETTINGS)
+    return folder
+
+
+def losses(post: Path) -> list[float]: return [r["loss"] for r in json.loads((post / "finetune.json").read_text())["log"]]
+
+
+def weights(folder: Path) -> dict:
+    from safetensors.torch import load_file
+    return load_file(folder / "model.safetensors")
+
+
+def same(a: Path, b: Path):
+    x, y = weights(a), weights(b)
+    assert x.keys() == y.keys()
+    for k in x: torch.testing.assert_close(x[k], y[k], rtol=0, atol=2e-5)
+    assert losses(a) == pytest.approx(losses(b), abs=1e-5)
+
+
+# ---- several processes. accelerate shards on GPUs only, so for "sharded" the test tells it that this CPU is one
+
+SCRIPT = """
+import os, sys, types
+from qkrestore_nb import finetune as ft
+kind, pre, data, out, dies = sys.argv[1:]
+if kind == "sharded":
+    import accelerate.state
+    from accelerate.utils import DistributedType
+    accelerate.state.DistributedType = types.SimpleNamespace(**{m.name: m for m in DistributedType} | dict(MULTI_SDAA=DistributedType.MULTI_CPU))
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+    def _accelerator(mixed):
+        found = Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True,
+                                                                                  state_dict_type="SHARDED_STATE_DICT", mixed_precision_policy=MixedPrecisionPolicy()))
+        assert found.is_fsdp2
+        return found
+    ft._accelerator = _accelerator
+if dies == "1" and os.environ["RANK"] == "1":
+    ask, calls = ft.summed_loss, []
+    def summed_loss(*args):
+        calls.append(1)
+        if len(calls) == 8: os._exit(9)  # in the fourth step
+        return ask(*args)
+    ft.summed_loss = summed_loss
+ft.finetune(pre, data, out, steps=6, T=128, rows=4, lr=3e-3, every=2)
+"""
+
+
+def launch(folder: Path, kind: str, out: Path, dies: bool = False):
+    import os
+    script = out.parent / "run.py"
+    script.write_text(SCRIPT)
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script), kind, str(folder / "pre"), str(folder / "sums.jsonl"), str(out), str(int(dies))],
+                          capture_output=True, text=True, timeout=240, env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(ft.__file__).parent.parent)))
+
+
+@pytest.mark.parametrize("kind", ["copies", "sharded"])
+def test_two_processes_and_a_rank_that_dies(base, tmp_path, kind):
+    "Two processes train what one does. One dies in the fourth step: the other stops, nothing stands under the final name, and the same command ends with the same weights."
+    died = launch(base, kind, tmp_path / "post", dies=True)
+    assert died.returncode != 0 and sorted(p.name for p in tmp_path.iterdir()) == ["post.run", "run.py"]
+    assert [p.name for p in (tmp_path / "post.run").glob("state-*")] == ["state-2"]
+    done = launch(base, kind, tmp_path / "post")
+    assert done.returncode == 0, done.stderr[-3000:]
+    same(base / "post", tmp_path / "post")
+    assert not (tmp_path / "post.run").exists()
+
+
+def test_stopped_and_gone_on_with(base, tmp_path):
+    def stop(step, loss):
+        if step == 5: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): ft.finetune(base / "pre", base / "sums.jsonl", tmp_path / "post", look=stop, **SETTINGS)
+    assert [p.name for p in tmp_path.iterdir()] == ["post.run"]
+    ft.finetune(base / "pre", base / "sums.jsonl", tmp_path / "post", **SETTINGS)
+    same(base / "post", tmp_path / "post")
+
+
+def test_what_comes_out_is_a_checkpoint_like_pre(base, tmp_path):
+    from qkrestore_nb.restore import qk_restore
+    from transformers import AutoModelForCausalLM
+    pre, post = weights(base / "pre"), weights(base / "post")
+    assert {k: (t.shape, t.dtype) for k, t in pre.items()} == {k: (t.shape, t.dtype) for k, t in post.items()}
+    assert not any(torch.equal(pre[k], post[k]) for k in pre if "proj" in k)
+    qk_restore(base / "pre", base / "post", out=tmp_path / "restored")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "restored")
+    assert torch.equal(model.model.layers[1].self_attn.q_proj.weight, pre["model.layers.1.self_attn.q_proj.weight"])
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, post["model.layers.0.self_attn.q_proj.weight"])
+
+
+def test_adapter(base, tmp_path):
+    "LoRA: the folder is peft's, and its Q and K can be taken out of it."
+    from qkrestore_nb.adapters import is_adapter
+    from qkrestore_nb.restore import qk_restore
+    ft.finetune(base / "pre", base / "sums.jsonl", tmp_path / "adapter", rank=4, **SETTINGS)
+    assert is_adapter(tmp_path / "adapter") and losses(tmp_path / "adapter")[-1] < losses(tmp_path / "adapter")[0]
+    qk_restore(base / "pre", tmp_path / "adapter", out=tmp_path / "restored")
+    from safetensors.torch import load_file
+    before, after = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("adapter", "restored"))
+    moved = {k for k in before if k not in after or not torch.equal(before[k], after[k])}
+    assert moved and all(".layers.1." in k or ".layers.3." in k for k in moved) and all("q_proj" in k or "k_proj" in k for k in moved)
+
+
+def test_trl_computes_the_same_loss(base, tmp_path):
+    "TRL's first loss on four conversations, padded and packed, is ours."
+    pytest.importorskip("trl")
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+    tokenizer = AutoTokenizer.from_pretrained(base / "pre")
+    chats = [c for c, _ in zip(ft.read_chats(base / "sums.jsonl"), range(4))]
+    total, n = ft.summed_loss(AutoModelForCausalLM.from_pretrained(base / "pre"), next(ft.packed_rows(chats, tokenizer, 512)))
+    rows = Dataset.from_list([dict(prompt=c[:-1], completion=c[-1:]) for c in chats])
+    for packing in (False, True):
+        args = SFTConfig(str(tmp_path / f"trl{packing}"), max_steps=1, per_device_train_batch_size=1 if packing else 4, max_length=512, packing=packing, report_to=[], use_cpu=True, bf16=False,
+                         logging_steps=1, save_strategy="no", disable_tqdm=True, gradient_checkpointing=False)
+        trainer = SFTTrainer(model=AutoModelForCausalLM.from_pretrained(base / "pre"), processing_class=tokenizer, train_dataset=rows, args=args)
+        trainer.train()
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(float(total) / n, abs=2e-4), packing  # TRL rounds what it logs
+
+
+# ---- bad input: one sentence, and nothing left behind
+
+LINES = {"not json": ("{", "line 2 is not JSON"), "no fields": ('{"text": "x"}', 'line 2 has neither "messages"'), "a list": ("[1]", "line 2 has neither"),
+         "role missing": ('{"messages": [{"content": "x"}]}', "line 2 has neither"), "nothing to learn": ('{"messages": [{"role": "user", "content": "x"}]}', "line 2 does not end with what the assistant says")}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_broken_line_is_named(base, tmp_path, name, capsys):
+    line, says = LINES[name]
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n' + line + "\n")
+    with pytest.raises(SystemExit) as e: main(["finetune", str(base / "pre"), str(data), str(tmp_path / "post")])
+    said = capsys.readouterr().err
+    assert e.value.code == 2 and says in said and said.count("\n") == 1 and [p.name for p in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+def test_settings_that_do_not_fit(base, tmp_path, monkeypatch):
+    tune = lambda **kw: ft.finetune(base / "pre", base / "sums.jsonl", **{"out": tmp_path / "post", "steps": 2, "T": 128, "rows": 2, **kw})
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "taken").mkdir()
+    for kw, says in ((dict(out=tmp_path / "taken"), "exists: choose a name that is free"), (dict(out=tmp_path / "no" / "post"), "make it first"), (dict(steps=0), "at least 1"), (dict(rows=0), "at least 1"),
+                     (dict(T=1), "at least")):
+        with pytest.raises(CheckpointError, match=says): tune(**kw)
+    with pytest.raises(CheckpointError, match="no conversation"): ft.finetune(base / "pre", tmp_path / "empty.jsonl", tmp_path / "post")
+    with pytest.raises(CheckpointError, match="cannot be read"): ft.finetune(base / "pre", tmp_path / "none.jsonl", tmp_path / "post")
+    with pytest.raises(CheckpointError, match="config.json"): ft.finetune(tmp_path / "taken", base / "sums.jsonl", tmp_path / "post")
+    import qkrestore_nb.scale
+    with monkeypatch.context() as m:
+        m.setattr(qkrestore_nb.scale, "room_gb", lambda device: 1e-4)
+        with pytest.raises(CheckpointError, match="GB of memory, and 0.0 GB are free"): tune()
+    with monkeypatch.context() as m:
+        m.setattr(ft.shutil, "disk_usage", lambda path: type("", (), dict(free=1000)))
+        with pytest.raises(CheckpointError, match="of disk, and .* has 0.0 GB left"): tune()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.jsonl", "taken"]
+
+
+def test_another_run_stands_there(base, tmp_path):
+    def stop(step, loss): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): ft.finetune(base / "pre", base / "sums.jsonl", tmp_path / "post", look=stop, **SETTINGS)
+    with pytest.raises(CheckpointError, match="a run with other settings"): ft.finetune(base / "pre", base / "sums.jsonl", tmp_path / "post", **{**SETTINGS, "lr": 1e-4})
+
+
+def test_a_loss_that_is_no_number(base, tmp_path, monkeypatch):
+    ask = ft.summed_loss
+    monkeypatch.setattr(ft, "summed_loss", lambda *a: (ask(*a)[0] * float("nan"), 1))
+    with pytest.raises(CheckpointError, match="the loss is nan at step 1"): ft.finetune(base / "pre", base / "sums.jsonl", tmp_path / "post", **SETTINGS)
+    assert not (tmp_path / "post").exists()
+
+
+def test_packing():
+    "Every token of every conversation stands once, in order, positions begin anew, and no label crosses a border."
+    tokenizer = small_tokenizer()
+    chats = [[dict(role="user", content="go " * i), dict(role="assistant", content="yes " * (1 + i % 7))] for i in range(1, 30)]
+    rows = list(ft.packed_rows(chats, tokenizer, 64))
+    assert all(len(r[k]) == 64 for r in rows for k in r)
+    starts = [[i for i, p in enumerate(r["position_ids"]) if p == 0] + [64] for r in rows]
+    parts = [r["input_ids"][a:b] for r, s in zip(rows, starts) for a, b in zip(s, s[1:])]
+    whole = [ft.encode_chat(tokenizer, c) for c in chats]
+    wanted = iter(ids[:64] for ids, _ in whole)
+    assert [p for p in parts if set(p) != {tokenizer.pad_token_id}] == list(wanted)
+    assert all(r["labels"][a] == -100 for r, s in zip(rows, starts) for a in s[:-1])
+    assert sum(y >= 0 for r in rows for y in r["labels"]) == sum(y >= 0 for ids, labels in whole for y in labels[1:64])
+
+
+def test_needs_grow_and_shrink_as_they_should():
+    from qkrestore_nb.hypenet import HypeNetConfig
+    nine = HypeNetConfig.preset("9B")
+    total = lambda *a, **k: ft.training_needs(nine, *a, **k)["total_gb"]
+    assert total(4096, 1) > total(4096, 2) > total(4096, 8) > 20 and total(8192, 8) > total(4096, 8) and total(4096, lora=True) < total(4096, 1) / 3
+    two = json.loads((Path(__file__).parent.parent / "results" / "scale" / "fsdp_2b.json").read_text())["rows"][0]
+    assert ft.training_needs(HypeNetConfig.preset("2B"), 4096)["total_gb"] == pytest.approx(two["peak_gpu_gb"], rel=.05)  # as measured on one H100
