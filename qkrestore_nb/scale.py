@@ -80,9 +80,11 @@ def load(
     config, n, free = _config(checkpoint), needs(checkpoint, T), room_gb(device)
     factor = torch.finfo(dtype).bits / 16
     if factor * n["total_gb"] > free:
-        fits = int(max(0, free / factor - n["weights_gb"] - n["states_gb"] - n["work_gb"]) / (n["kv_gb"] / T)) if n["kv_gb"] else 0
+        left, kv = free / factor - n["weights_gb"] - n["states_gb"], n["kv_gb"] / T
+        fits = int(max(0, left) / (kv + n["work_gb"] / min(T, 16384)))  # a text of one piece or less
+        if fits > 16384 and kv: fits = int((left - n["work_gb"]) / kv)
         raise CheckpointError(f"{checkpoint} needs {factor * n['total_gb']:.1f} GB to read {T:,} tokens (weights {factor * n['weights_gb']:.1f}, keys and values {factor * n['kv_gb']:.1f}) "
-                              f"and {device} has {free:.1f} GB free: " + (f"about {fits // 1024}K tokens would fit" if fits >= 1024 else "the weights alone do not fit; take a larger device"))
+                              f"and {device} has {free:.1f} GB free: " + (f"about {fits:,} tokens would fit" if fits > 0 else "the weights alone do not fit; take a larger device"))
     if T > (most := text_config(config.to_dict()).get("max_position_embeddings") or T):
         rope = config.model_type not in ("hypenet", "hybrid") or config.attn_use_rope
         warnings.warn(f"{T:,} tokens are more than max_position_embeddings = {most:,}: " +

@@ -1,0 +1,119 @@
+"The audit: its interval, its rule, what it asks, the page, and that nothing is left behind."
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from conftest import snapshot
+from qkrestore_nb import audit as a
+from qkrestore_nb.checkpoints import CheckpointError
+from qkrestore_nb.experiment import pair
+from test_cli import call
+from test_scale import folder, model, tokenizer  # fixtures: a tiny hybrid that speaks 1,000 pieces of English  # noqa: F401
+
+
+def test_paired_differences():
+    assert a.paired([[1, 1]] * 5, [[1, 1]] * 5)[0] == 0
+    d, low, high = a.paired([[0, 4], [1, 4]], [[4, 4], [2, 4]])
+    assert d == pytest.approx(62.5) and low < d < high <= 100
+    assert [round(x, 6) for x in a.paired([[2, 4]] * 3, [[1, 4]] * 3)] == [round(-x, 6) for x in (lambda t: (t[0], t[2], t[1]))(a.paired([[1, 4]] * 3, [[2, 4]] * 3))]
+    with pytest.raises(ValueError, match="at least one haystack"): a.paired([], [])
+    with pytest.raises(ValueError): a.paired([[1, 1]], [[1, 1]] * 2)
+
+
+RULES = [  # damage, regained, reasoning -> what the rule says
+    ((-40, -50, -30), (30, 20, 40), None, "restore"), ((-40, -50, -30), (30, 20, 40), (0, -3, 3), "restore"), ((-40, -50, -30), (30, 20, 40), (-8, -12, -4), "inconclusive"),
+    ((-40, -50, -30), (30, 20, 40), (0, -20, 20), "inconclusive"), ((-40, -50, -30), (2, -8, 12), None, "inconclusive"), ((-40, -50, -30), (1, -2, 4), None, "do not"), ((-40, -50, -30), (-9, -15, -3), None, "do not"),
+    ((-1, -4, 2), (0, -3, 3), None, "do not"), ((-8, -18, 2), (5, 1, 9), None, "inconclusive"), ((5, -10, 20), (0, -10, 10), None, "inconclusive")]
+
+
+@pytest.mark.parametrize("damage, regained, reasoning, wanted", RULES)
+def test_the_rule(damage, regained, reasoning, wanted):
+    what, why = a.verdict(damage, regained, reasoning)
+    assert what == wanted and f"{damage[0]:+.0f} points" in why or f"{regained[0]:+.0f} points" in why
+
+
+def test_answers():
+    for said, answer, right in (("2 + 3 = 5. The answer is 5.", "5", True), ("it is 5, not 6", "5", False), ("1,200", "1200", True), ("-3.0", "-3", True), ("so the answer is 12", "2", False), ("", "5", False),
+                                ("first\nParis it is", "paris", True), ("Paris\nno, Rome", "paris", False), ("", "paris", False)):
+        assert a.solves(said, answer) is right, (said, answer)
+
+
+@pytest.fixture
+def post(folder, tmp_path):  # noqa: F811
+    "A post beside the fixture's pre: a little more of every weight."
+    from safetensors.torch import load_file, save_file
+    import shutil
+    shutil.copytree(folder, tmp_path / "post")
+    save_file({k: 1.01 * t for k, t in load_file(folder / "model.safetensors").items()}, tmp_path / "post" / "model.safetensors", metadata=dict(format="pt"))
+    return tmp_path / "post"
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    "The shipped pair, briefly, with tasks that no model of it can read as numbers."
+    tasks = tmp_path_factory.mktemp("audit") / "tasks.jsonl"
+    tasks.write_text("".join(json.dumps(dict(prompt="QM", answer=x)) + "\n" for x in ("d1", "d2")))
+    before = snapshot(pair())
+    found = a.audit(pair() / "pre", pair() / "post", (512,), 4, tasks, room=4, device="cpu")
+    assert snapshot(pair()) == before  # neither folder is touched, and the restored one is gone
+    return found
+
+
+def test_an_audit_of_the_shipped_pair(result):
+    from qkrestore_nb.recall import recall_test, right
+    from qkrestore_nb.scale import load
+    assert result["verdict"] in ("restore", "do not", "inconclusive") and result["differences"]["damage"][0] < 0
+    assert {"seed", "config", "versions", "device", "wall_s"} <= result.keys() and json.loads(json.dumps(result, default=list))
+    cell = result["scores"]["post"]["MF"]["512"]
+    model, _ = load(pair() / "post", 512, "cpu")
+    assert int(right(model, recall_test("MF", 4, 512, 8, 0), rows=8).sum()) == cell["correct"] and cell["n"] == 32 == sum(n for _, n in cell["each"])
+    softmax = {r["layer"] for r in result["drift"] if r["kind"] == "softmax"}
+    assert softmax and {r["role"] for r in result["drift"]} == set("qkvo")
+    each = {n: [h for c in s.values() for x in c.values() for h in x["each"]] for n, s in result["scores"].items()}
+    assert tuple(result["differences"]["regained"]) == a.paired(each["post"], each["restored"])
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(text)
+    def handle_starttag(self, tag, attrs): self.tags.append((tag, dict(attrs)))
+    def handle_data(self, data): self.text += data
+
+
+def test_the_page_stands_alone(result, tmp_path):
+    found = a.page(result, tmp_path / "audit.html")
+    page = Page(found.read_text())
+    links = [v for _, attrs in page.tags for k, v in attrs.items() if k in ("src", "href")]
+    assert len(links) == 1 and links[0].startswith("data:image/svg+xml;base64,") and "alt" in dict(next(attrs for tag, attrs in page.tags if tag == "img"))
+    assert result["why"] in page.text and all(line in page.text for line in a.report(result).splitlines()[:9])
+    assert [p.name for p in tmp_path.iterdir()] == ["audit.html"]
+    with pytest.raises(CheckpointError, match="exists"): a.page(result, tmp_path / "audit.html")
+    evil = {**result, "why": "<script>", "config": {**result["config"], "pre": "a<b"}}
+    assert "<script>" not in a.page(evil, tmp_path / "evil.html").read_text()
+
+
+def test_prose_is_asked_of_a_model_that_reads_it(folder, post, tmp_path, capsys):  # noqa: F811
+    "On the command line: neither knows anything, so there is no damage, and it says so."
+    assert call("audit", folder, post, "--lengths", "1024", "--haystacks", "1", "--device", "cpu", "--json") == 0
+    got = json.loads(capsys.readouterr().out)
+    assert got["scores"]["pre"].keys() == {"single_2", "single_3", "multikey_2"} and got["differences"]["damage"][0] == 0 and got["verdict"] != "restore"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "post"]
+
+
+def test_bad_input(folder, post, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    for name, text in (("broken", '{"prompt": "x", "answer": 1}\n{'), ("half", '{"prompt": "x"}'), ("empty", "\n")): (tmp_path / name).write_text(text)
+    (tmp_path / "taken.html").write_text("")
+    before = snapshot(tmp_path)
+    for words, says in (((folder, tmp_path / "adapter"), "is an adapter: merge it"), ((folder, post, "--tasks", tmp_path / "broken"), "line 2 is not JSON"), ((folder, post, "--tasks", tmp_path / "half"), 'line 1 needs "prompt" and "answer"'),
+                        ((folder, post, "--tasks", tmp_path / "empty"), "holds no task"), ((folder, post, "--tasks", tmp_path / "none"), "cannot be read"), ((folder, post, "--html", tmp_path / "taken.html"), "exists"),
+                        ((folder, post, "--haystacks", "0"), "at least one"), ((folder, post, "--lengths", "many"), "--lengths"), ((folder, post, "--lengths", "100"), "ask for more"), ((folder, folder), "same folder")):
+        assert call("audit", *words) == 2, words
+        said = capsys.readouterr().err
+        assert says in said and said.strip().splitlines()[-1].startswith("Error: "), said
+    assert snapshot(tmp_path) == before

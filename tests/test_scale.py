@@ -1,0 +1,191 @@
+"Counting before loading, one reading for many questions, lm-eval, and other hybrids from end to end."
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from qkrestore_nb import scale
+from qkrestore_nb.checkpoints import CheckpointError
+from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM, prefill
+from qkrestore_nb.prose import prose_test
+from test_cli import call
+from test_finetune import small_tokenizer, write_sums
+
+RESULTS = Path(__file__).parent.parent / "results" / "scale"
+SMALL = dict(vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+             lightning_nh=2, lightning_nkv=2, lightning_head_dim=32, mixer_types=["lightning-attn", "attn"] * 2, initializer_range=.2)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(): return small_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model():
+    from transformers import set_seed
+    set_seed(0)
+    return HypeNetForCausalLM(HypeNetConfig.preset("2B", **SMALL)).eval()
+
+
+@pytest.fixture
+def folder(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path / "model"), tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("size, parameters", [("2B", 1.926e9), ("5B", 4.825e9), ("9B", 8.852e9)])
+def test_needs_are_what_was_measured(size, parameters):
+    assert scale.needs(HypeNetConfig.preset(size))["parameters"] == pytest.approx(parameters, rel=1e-3)
+    runs = [json.loads(p.read_text()) for p in RESULTS.glob(f"prefill_{size.lower()}_*.json")]
+    assert len(runs) == 2
+    for r in runs: assert scale.needs(HypeNetConfig.preset(size), r["tokens"])["total_gb"] == pytest.approx(r["peak_gpu_gb"], rel=.04)
+
+
+def test_needs_count_what_a_model_holds(model, tokenizer, folder):
+    "Weights and cache, counted from the config and weighed."
+    n = scale.needs(folder, 300)
+    assert n["parameters"] == sum(p.numel() for p in model.parameters()) and 2 * n["parameters"] == pytest.approx(1e9 * n["weights_gb"])
+    cache = prefill(model, torch.randint(0, 1000, (1, 300)))[1]
+    kv = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers if hasattr(layer, "keys"))
+    states = sum(layer.recurrent_states[0].numel() for layer in cache.layers if hasattr(layer, "recurrent_states"))
+    assert 2 * kv == pytest.approx(1e9 * n["kv_gb"]) and 4 * states == pytest.approx(1e9 * n["states_gb"])
+
+
+def test_needs_on_the_command_line(folder, capsys):
+    assert call("needs", str(folder), "--tokens", "65536") == 0
+    said = capsys.readouterr().out
+    assert "reading 65,536 tokens" in said and "on 8" in said and len(said.strip().splitlines()) == 3
+    assert call("needs", str(folder), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] == scale.needs(folder)["parameters"]
+    (folder / "config.json").write_text("{")
+    assert call("needs", str(folder)) == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_loading_says_what_fits(folder, monkeypatch):
+    n = scale.needs(folder, 4096)
+    monkeypatch.setattr(scale, "room_gb", lambda device: 2 * n["total_gb"])
+    assert scale.load(folder, 4096)[0].config.model_type == "hypenet"
+    with pytest.raises(CheckpointError, match="about 4,0.. tokens would fit"): scale.load(folder, 10 * 4096)
+    monkeypatch.setattr(scale, "room_gb", lambda device: n["weights_gb"])
+    with pytest.raises(CheckpointError, match="the weights alone do not fit"): scale.load(folder, 4096)
+
+
+def test_a_long_text_is_noted(folder):
+    "NoPE and log scale reach beyond max_position_embeddings; a model with positions does not."
+    def said(T, **fields):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | fields))
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            scale.load(folder, T)
+        return " ".join(str(w.message) for w in seen if "max_position_embeddings" in str(w.message))
+    assert said(512, max_position_embeddings=1024) == ""
+    assert "this is meant to work" in said(2048, max_position_embeddings=1024)
+    assert "never trained" in said(2048, max_position_embeddings=1024, attn_use_rope=True)
+
+
+def test_what_is_no_checkpoint(tmp_path, monkeypatch):
+    from transformers import AutoConfig
+    def missing(*_): raise OSError("no such repository\nand much more")
+    monkeypatch.setattr(AutoConfig, "from_pretrained", missing)
+    for look in (scale.needs, scale.load):
+        with pytest.raises(CheckpointError, match="config.json"): look(tmp_path)
+        with pytest.raises(CheckpointError, match="no/such-model is no checkpoint that transformers can read: no such repository$"): look("no/such-model")
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_many_questions_after_one_reading(model, tokenizer, static):
+    "The same words as with a reading for each, and as generate says; a cache that is used again keeps its tensors' addresses."
+    from transformers import DynamicCache, StaticCache
+    hays = [prose_test("multikey_1", tokenizer, T, 1, questions=3)[0] for T in (700, 600)]
+    make = lambda: StaticCache(config=model.config, max_cache_len=800) if static else DynamicCache(config=model.config)
+    shared, addresses = make(), []
+    for hay in hays:
+        together = scale.ask(model, tokenizer, hay, room=8, chunk=100, cache=shared if static else make())
+        alone = [scale.ask(model, tokenizer, hay | dict(questions=[q]), room=8)[0] for q in hay["questions"]]
+        for q, words in zip(hay["questions"], together):
+            ids = tokenizer(hay["context"] + q["question"] + " " + q["prefix"], return_tensors="pt")["input_ids"]
+            said = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)[0, ids.shape[1]:]
+            assert tokenizer.decode(said, skip_special_tokens=True) == words
+        assert together == alone and len(set(together)) > 1
+        addresses.append([t.data_ptr() for layer in shared.layers for v in vars(layer).values() for t in (v.values() if isinstance(v, dict) else [v]) if isinstance(t, torch.Tensor)])
+    assert not static or addresses[0] == addresses[1]
+
+
+def test_recall_counts_values(model, tokenizer, monkeypatch):
+    "Right answers are counted as RULER counts them, a part for a part."
+    def knows(model, tokenizer, hay, *rest): return [" ".join(q["answers"][:len(q["answers"]) // 2 or 1]) for q in hay["questions"]]
+    monkeypatch.setattr(scale, "ask", knows)
+    got = scale.recall(model, tokenizer, dict(single_1=[(512, 2, 1)], multivalue=[(512, 3, 1)], multikey_2=[(512, 2, 3)]))
+    assert got["single_1"]["512"] == dict(correct=2, n=2, each=[[1, 1]] * 2) and got["multivalue"]["512"] == dict(correct=6, n=12, each=[[2, 4]] * 3) and got["multikey_2"]["512"]["n"] == 6
+
+
+# ---- lm-eval
+
+def test_lm_eval_asks_our_model(model, tokenizer):
+    "Two tasks, one with an essay, without a network, at a length that its list of metrics has and at one that it has not; a model that knows the answer is found out."
+    pytest.importorskip("lm_eval")
+    from qkrestore_nb.prose import local_text
+    got = scale.lm_eval_scores(model, tokenizer, ["niah_single_1", "niah_single_2"], (512,), limit=2, essay=local_text()[:3000])
+    assert got.keys() == {"niah_single_1", "niah_single_2"}
+    assert all(r["512,none"] == 0 for r in got.values()), got
+    right = HypeNetForCausalLM.generate
+    def cheat(self, input_ids, **kw):
+        import re
+        text = tokenizer.decode(input_ids[0])
+        number = re.findall(r"is: (\d{7})\.", text)[0]
+        return torch.cat([input_ids, torch.tensor([tokenizer(" " + number)["input_ids"]])], 1)
+    model.generate = cheat.__get__(model)
+    try: assert scale.lm_eval_scores(model, tokenizer, ["niah_single_1"], (512,), limit=2)["niah_single_1"]["512,none"] == 1
+    finally: del model.generate
+    assert HypeNetForCausalLM.generate is right
+
+
+# ---- other hybrids: load, a few steps of fine-tuning, restore, evaluate
+
+def qwen3_next():
+    from transformers import Qwen3NextConfig
+    return Qwen3NextConfig(vocab_size=1000, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4,
+                           linear_key_head_dim=16, linear_value_head_dim=16, moe_intermediate_size=32, shared_expert_intermediate_size=32, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1)
+
+
+def olmo_hybrid():
+    from transformers import OlmoHybridConfig
+    return OlmoHybridConfig(vocab_size=1000, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, linear_num_key_heads=4, linear_num_value_heads=4,
+                            linear_key_head_dim=16, linear_value_head_dim=16, pad_token_id=0, eos_token_id=0)
+
+
+def lfm2():
+    from transformers import Lfm2Config
+    return Lfm2Config(vocab_size=1000, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, layer_types=["conv", "full_attention"] * 2, pad_token_id=0, eos_token_id=0, bos_token_id=0)
+
+
+def jamba():
+    from transformers import JambaConfig
+    return JambaConfig(vocab_size=1000, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, num_experts=1, num_experts_per_tok=1,
+                       mamba_d_state=8, mamba_dt_rank=4, use_mamba_kernels=False, pad_token_id=0)
+
+
+@pytest.mark.parametrize("config", [qwen3_next, olmo_hybrid, lfm2, jamba], ids=lambda f: f.__name__)
+def test_other_hybrids_from_end_to_end(config, tokenizer, tmp_path):
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, set_seed
+    from qkrestore_nb.families import layer_kinds
+    from qkrestore_nb.finetune import finetune
+    from qkrestore_nb.restore import qk_restore
+    set_seed(0)
+    AutoModelForCausalLM.from_config(config()).save_pretrained(tmp_path / "pre"), tokenizer.save_pretrained(tmp_path / "pre")
+    write_sums(tmp_path / "sums.jsonl", 60)
+    post = finetune(tmp_path / "pre", tmp_path / "sums.jsonl", tmp_path / "post", steps=3, T=64, rows=2, lr=1e-3)
+    restored = qk_restore(tmp_path / "pre", post, out=tmp_path / "restored")
+    a, b, c = (load_file(tmp_path / n / "model.safetensors") for n in ("pre", "post", "restored"))
+    softmax = [i for i, kind in enumerate(layer_kinds(json.loads((post / "config.json").read_text()))) if kind == "softmax"]
+    moved = {k for k in b if not torch.equal(b[k], c[k])}
+    assert softmax and moved == {k for k in b for i in softmax if f"layers.{i}." in k and k.endswith(("q_proj.weight", "k_proj.weight"))}
+    if config is not qwen3_next: assert all(torch.equal(a[k], c[k]) for k in moved)  # there half of q_proj is the output gate, which stays
+    model, words = scale.load(restored, 1024)
+    assert scale.needs(restored, 1024)["parameters"] == sum(p.numel() for p in model.parameters())
+    got = scale.recall(model, words, dict(multikey_1=[(512, 1, 2)]), room=4)
+    assert got["multikey_1"]["512"]["n"] == 2
