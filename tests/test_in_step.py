@@ -193,3 +193,38 @@ def test_workflows_run_what_ci_runs():
         for script in re.findall(r"(?:bash|python) (\S+\.py|\S*\.ci/\S+)", path.read_text()): assert (ROOT / script).is_file(), f"{path.name} calls {script}"
     tests = (ROOT / ".github" / "workflows" / "tests.yml").read_text()
     assert "bash .ci/run" in tests and 'pip install ".[dev]" && pytest' in tests
+
+
+def test_chapters_begin_alike():
+    "Each says how long it takes, what it claims and what it needs."
+    for path in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")):
+        first = "".join(json.loads(path.read_text())["cells"][0]["source"])
+        if "glossary" in path.name: continue
+        assert re.search(r"minutes|half a day", first) and "**Claim.** " in first and "**You need:** " in first, path.name
+
+
+def glossary() -> dict[str, str]:
+    text = "".join("".join(c["source"]) + "\n" for c in json.loads((ROOT / "nbs" / "15_glossary.ipynb").read_text())["cells"])
+    return dict(re.findall(r"^\*\*(.+?)\*\* \(\[\w+\]\((.+?)\)\): \S", text, flags=re.M))
+
+
+def missing_words(found: dict[str, str]) -> list[str]:
+    "Terms that do not stand in the chapter which the glossary names."
+    said = lambda chapter: "".join("".join(c["source"]) for c in json.loads((ROOT / "nbs" / chapter).read_text())["cells"]).lower()
+    names = lambda term: re.split(r", | \(", term.rstrip(")"))
+    return [t for t, chapter in found.items() if not any(name.lower() in said(chapter) for name in names(t))]
+
+
+def test_glossary():
+    found = glossary()
+    assert len(found) > 40 and missing_words(found) == []
+    assert missing_words({"flux capacitor": "08_restore.ipynb"}) == ["flux capacitor"]
+
+
+def test_quoted_measured_open():
+    "The three kinds of statement are marked alike: a chapter that ends with them has at least what is open."
+    for path in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")):
+        text = "\n".join("".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "markdown")
+        if m := re.search(r"^## What .*is open$(.*)", text, flags=re.M | re.S):
+            assert "\n**Open.** " in m[1] or "\n**Measured.** " in m[1], path.name
+        assert not re.search(r"^(Quoted|Measured|Open)( here| on this page)?:", text, flags=re.M), f"{path.name}: mark it **Quoted.**, **Measured.** or **Open.**"
