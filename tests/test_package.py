@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-left_out = shutil.ignore_patterns(".*", "site", "pages", "jupyter_execute", "node_modules", "build", "dist", "*.egg-info", "__pycache__", "nbs", "results", "qkrestore-*")
+left_out = shutil.ignore_patterns(".*", "site", "pages", "jupyter_execute", "node_modules", "build", "dist", "*.egg-info", "__pycache__", "qkrestore-*")
 
 
 def run(*command, cwd):
