@@ -220,9 +220,9 @@ def _finite(tensor, name: str, which: str):
 
 def _solved(q_pre, q_post, k_pre, row: dict, device, **how):
     "W_Q of one layer in the dtype of the checkpoint, on its device."
-    q, k, keys = (_finite(t, name, which).to(device) for t, name, which in
+    old, new, keys = (_finite(t, name, which).to(device) for t, name, which in
             ((q_pre, row["q"][0], "pre"), (q_post, row["q"][1], "post"), (k_pre, row["k"][0], "pre")))
-    return _finite(solve_queries(q, k, keys, **how, name=row["k"][0]).to(q_post.dtype), row["q"][1], "the result").to(q_post.device)
+    return _finite(solve_queries(old, new, keys, **how, name=row["k"][0]).to(q_post.dtype), row["q"][1], "the result").to(q_post.device)
 
 # %% ../nbs/09_procrustes.ipynb #2e1d2668
 _types = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
