@@ -70,8 +70,7 @@ def _write_without(source: Path, target: Path, drop: set[str], zero: dict[str, l
 def _without_modules(config: dict, modules: list[str]) -> dict:
     "The adapter's config, told not to make these modules again."
     old = config.get("exclude_modules")
-    if isinstance(old, str): new = f"(?:{old})|" + "|".join(map(re.escape, modules))
-    else: new = sorted({*(old or []), *modules})
+    new = f"(?:{old})|" + "|".join(map(re.escape, modules)) if isinstance(old, str) else sorted({*(old or []), *modules})
     return config | {"exclude_modules": new}
 
 
@@ -108,7 +107,9 @@ def restore_adapter(
             try: spans = stretches(base, moves[module], t["shape"], heads)
             except ValueError as e: raise CheckpointError(str(e)) from e
         whole = all(_whole(base, moves[module], other["shape"], heads) for k, other in keys.items() if _module(k)[0] == module and "lora_B" in k)
-        if whole: drop.add(key), gone.add(module)
+        if whole:
+            drop.add(key)
+            gone.add(module)
         elif "lora_magnitude" in what: raise CheckpointError(f"{module} is a DoRA module of which only some rows are Q: merge the adapter into its base model first (peft's merge_and_unload)")
         elif what.startswith("lora_B"):
             size = (t["end"] - t["start"]) // max(1, math.prod(t["shape"]))

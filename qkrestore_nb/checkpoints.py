@@ -180,9 +180,9 @@ def overwrite(
 
 
 def write_all(
-    fd: int,      # an open file
-    data: bytes,  # what to write
-    at: int,      # and where
+    fd: int,                   # an open file
+    data: bytes | memoryview,  # what to write
+    at: int,                   # and where
 ) -> None:
     "A write may be cut short by the system; this one is not."
     view = memoryview(data)
@@ -246,7 +246,7 @@ def copy_file(
 def locked(
     folder: str | Path,  # that no two runs shall work on at once
     busy: str | None,    # what to say if one does; None: wait for it
-):
+) -> Iterator[None]:
     "Hold a lock on a folder; it goes with the process, also when that is killed. Raises CheckpointError where another holds it."
     import fcntl
     fd = os.open(folder, os.O_RDONLY)

@@ -5,13 +5,16 @@ __all__ = ['recorded', 'fit_decay', 'GradientRange', 'gradient_range', 'autocorr
 
 # %% ../nbs/07_gradient_range.ipynb #77b35bad
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+if TYPE_CHECKING: from matplotlib.axes import Axes
 
 # %% ../nbs/07_gradient_range.ipynb #0278dd90
 def _skewed_sum(
@@ -101,7 +104,7 @@ def recorded(
     on_softmax=None,     # on_softmax(layer, q, k, v, o, mask, scale) -> o or None, called in the forward of every softmax layer;
                          # q (B, H, T, D), k and v (B, n_kv, T, D), o (B, T, H, D), mask None (causal) or (B, 1, T, T)
     on_linear=None,      # on_linear(layer, q, k, v, o, decay) -> o or None, all (B, T, H, D): HypeNet's linear layers
-):
+) -> Iterator[None]:
     """Within it, every attention layer hands over what goes in and comes out. Raises ValueError for attention that is more than
     softmax(qk)v: capped logits, sinks, biases."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -224,9 +227,9 @@ class GradientRange:
     kinds: list[str]            # softmax or linear, a layer each
     normalise: str              # pair, token or share
     loss: float                 # of the batch
-    edges: np.ndarray | None = None                                 # of the bins
-    sums: np.ndarray = field(default=None, repr=False)              # (B, layers, heads, T) sum over t of |dL/de_{t,t-tau}|
-    pairs: np.ndarray = field(default=None, repr=False)             # (B, T) how many pairs stand tau apart
+    edges: np.ndarray | None    # of the bins
+    sums: np.ndarray = field(repr=False)   # (B, layers, heads, T) sum over t of |dL/de_{t,t-tau}|
+    pairs: np.ndarray = field(repr=False)  # (B, T) how many pairs stand tau apart
 
     def pooled(self, layers=None, heads=None) -> np.ndarray:
         "The sums of some layers and heads (None: all) together: (B, T)."
@@ -257,9 +260,9 @@ class GradientRange:
         middle = np.array([(a + b - 1) / 2 for a, b in zip(edges[:-1], edges[1:])])
         all_, drawn = _resampled(x, self.pairs, None, samples, seed)
         one, many = ({**fit_decay(middle, np.abs(_binned(s, edges)) / np.maximum(_binned(n, edges), 1)), **_distances(s, beyond)} for s, n in (all_, drawn))
-        lone, out = len(x) < 2, dict(sequences=len(x), beyond_what=beyond)
+        out: dict = dict(sequences=len(x), beyond_what=beyond)
         for name in ("W", "mean", "median", "beyond"):
-            low, high = (math.nan, math.nan) if lone else np.percentile(many[name], [2.5, 97.5], method="nearest")
+            low, high = (math.nan, math.nan) if len(x) < 2 else np.percentile(many[name], [2.5, 97.5], method="nearest")
             out[name] = (float(one[name][0]), float(low), float(high))
         return out | dict(r2=float(one["r2"][0]), r2_power=float(one["r2_power"][0]), c=float(one["c"][0]))
 
@@ -273,7 +276,7 @@ class GradientRange:
                 rows.append(dict(layer=layer, kind=self.kinds[i], head=head, **flat, r2=s["r2"], r2_power=s["r2_power"]))
         return rows
 
-    def plot(self, ax=None, label: str = "", fit: bool = False, **kwargs):
+    def plot(self, ax=None, label: str = "", fit: bool = False, **kwargs) -> "Axes":
         "g against tau, a line and a 95% band for each layer (its heads together), softmax orange and linear grey; returns the axes."
         import matplotlib.pyplot as plt
         from qkrestore_nb.core import colors
@@ -393,8 +396,8 @@ def gradient_range(
             (loss * lift).backward()
             if missing := kinds.keys() - found.keys(): raise ValueError(f"no gradient came back to layer {min(missing)}: its output does not reach the loss")
             total, sums = total + loss.item(), _stored(sums, found, kinds, group, len(rows), T)
-    if wanted is not None and (missing := sorted(set(wanted) - kinds.keys())):
-        raise ValueError(f"layer {missing[0]} is not a layer whose attention can be measured: {sorted(kinds)} are")
+    if wanted is not None and (strange := sorted(set(wanted) - kinds.keys())):
+        raise ValueError(f"layer {strange[0]} is not a layer whose attention can be measured: {sorted(kinds)} are")
     order = sorted(kinds)
     if len({sums[i].shape[1] for i in order}) > 1: raise ValueError("the layers have different numbers of heads: measure them one kind at a time")
     sums = np.stack([sums[i] for i in order], 1)

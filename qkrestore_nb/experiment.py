@@ -11,9 +11,12 @@ import shutil
 import time
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .checkpoints import CheckpointError
 from .core import colors, pick_profile, plot_style, provenance, wilson
+
+if TYPE_CHECKING: from matplotlib.figure import Figure
 
 # %% ../nbs/10_amnesia.ipynb #94212ffb
 model_fields = dict(  # HypeNet's recipe in small; the softmax layers stand early, where they do the routing
@@ -38,7 +41,7 @@ more_variants = ("v", "o", "qk and norms", "softmax layers' gates", "qk of linea
                  "pro input 0.01", "pro input 0.1", "pro input 1", "pro head 0.01", "pro head 0.1", "pro head 1", "random tensors", "noise", "drift alone",
                  "directions 1", "directions 4", "directions 16", "directions 64", *(f"head {layer}.{h}" for layer in (1, 2) for h in range(4)))
 
-recipes = dict(
+recipes: dict[str, dict] = dict(
     gpu=dict(model=dict(hidden_size=256, intermediate_size=704, num_attention_heads=4),
              pretraining=dict(steps=2600, lr=1e-3, warmup=100, weight_decay=.1), pretraining_data=dict(tokens=32768, first=800),
              sft=dict(steps=800, lr=2.5e-4, warmup=60), sft_data=dict(rows=128, T=112), probe=50,
@@ -95,7 +98,8 @@ def evaluate(
     for task in tasks:
         for n in steps:
             tell(f"{n}-step chains of {task}")
-            ok = solved(model, *_problems(task, n, problems, seed), rows=256)
+            ids, known = _problems(task, n, problems, seed)
+            ok = solved(model, ids, known, rows=256)
             scores.setdefault(f"cot-{task}", {})[str(n)] = dict(correct=int(ok.sum()), n=ok.size)
     return scores
 
@@ -103,7 +107,7 @@ def evaluate(
 def save(
     model,         # a HypeNetForCausalLM in float32
     folder: Path,  # replaced if it is there
-):
+) -> None:
     "A complete checkpoint folder in bfloat16, with tokenizer and generation config, or none at all."
     import copy
     import torch
@@ -323,7 +327,7 @@ def figure(
     scores: dict,                # variant -> test -> length -> {correct, n}
     tests=None,                  # recall tests to draw; None: every one with more than one length
     titles: dict | None = None,  # test -> what the panel is called
-):
+) -> "Figure":
     "Recall against length for pre, post and restored with 95% bands, one panel a test, and reasoning beside it. A matplotlib Figure."
     import matplotlib.pyplot as plt
     plot_style()
@@ -342,8 +346,8 @@ def figure(
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
     for i, v in enumerate(names):
         c = pooled(scores[v], steps)
-        share, (low, high) = 100 * c["correct"] / c["n"], (100 * y for y in wilson(c["correct"], c["n"]))
-        axes[-1].bar(i, share, color=colors[v], yerr=[[max(0, share - low)], [max(0, high - share)]], capsize=4)
+        share, (lo, hi) = 100 * c["correct"] / c["n"], (100 * y for y in wilson(c["correct"], c["n"]))
+        axes[-1].bar(i, share, color=colors[v], yerr=[[max(0, share - lo)], [max(0, hi - share)]], capsize=4)
     axes[-1].set_xticks(range(3), ["before", "SFT", "restored"])
     axes[-1].set(title=f"reasoning, {steps}-step chains")
     axes[-1].grid(axis="x", visible=False)
@@ -369,11 +373,12 @@ def table(
 # %% ../nbs/10_amnesia.ipynb #163299da
 def pair() -> Path:
     "The folder of the shipped pair of checkpoints: pre/, post/ and provenance.json."
-    return Path(__file__).parent / "pair" if "__file__" in globals() else Path(__import__("qkrestore_nb").__file__).parent / "pair"
+    from importlib.resources import files
+    return Path(str(files("qkrestore_nb") / "pair"))
 
 # %% ../nbs/10_amnesia.ipynb #85623220
-demo_sizes = dict(recall=dict(MK=[(1024, 8, 8), (4096, 4, 8)], MF=[(1024, 8, 32), (2048, 8, 64), (4096, 4, 128)]), steps=(8,), problems=64)
-full_sizes = dict(recall=dict(S1=[(1024, 32, 1), (4096, 32, 1)], S2=[(1024, 32, 1), (4096, 32, 1)], S3=[(1024, 32, 1), (4096, 32, 1), (16384, 24, 1)],
+demo_sizes: dict = dict(recall=dict(MK=[(1024, 8, 8), (4096, 4, 8)], MF=[(1024, 8, 32), (2048, 8, 64), (4096, 4, 128)]), steps=(8,), problems=64)
+full_sizes: dict = dict(recall=dict(S1=[(1024, 32, 1), (4096, 32, 1)], S2=[(1024, 32, 1), (4096, 32, 1)], S3=[(1024, 32, 1), (4096, 32, 1), (16384, 24, 1)],
                               MK=[(1024, 16, 8), (4096, 16, 8), (16384, 4, 8)],
                               MF=[(1024, 16, 32), (2048, 8, 64), (4096, 8, 128), (16384, 2, 256)]), steps=(2, 4, 8), problems=128)
 

@@ -108,14 +108,14 @@ def family_of(
                      f"its config says {', '.join(f'{k}={v}' for k, v in shown.items()) or 'nothing about kinds of layers'}. Without its layer kinds a restore would have to guess: {by_hand}")
 
 
-def _number(config: dict, value, otherwise=None):
+def _number(config, value, otherwise=None):
     "A number, or the field of that name (dots lead into dicts)."
     if not isinstance(value, str): return value
     for key in value.split("."): config = config.get(key) if isinstance(config, dict) else None
     return otherwise if config is None else config
 
 
-def _by_rule(rule: dict, config: dict, kinds: dict, n: int | None) -> list[str] | None:
+def _by_rule(rule: dict, config: dict, kinds: dict, n) -> list[str] | None:
     "The kinds of the layers by one entry of `kinds_from`; None if this config does not say it that way."
     rest, head = rule.get("rest", "linear"), rule.get("head", [])
     if "all" in rule: return [rule["all"]] * n
@@ -262,7 +262,8 @@ def planned_moves(
     "What moves, held against what is there: dicts of layer, role, part and name, in order. Raises ValueError for a tensor that is missing."
     family, plan, asked = family_of(config), places(config, layers, projections, mla), _included(include)
     rests = [f"{part}.weight" for option in plan[0][2] for part in option[:1]]
-    prefix, moves = _prefix(rests, names, which), []
+    prefix = _prefix(rests, names, which)
+    moves: list[dict] = []
     for layer, role, options in plan:
         options = [[p for part in option for p in _starred(prefix, part, names)] for option in options]
         there = next((o for o in options if o and all(f"{prefix}{p}.weight" in names for p in o)), None)

@@ -95,7 +95,7 @@ def write_result(
 # %% ../nbs/11a_in_place.ipynb #67f7a22e
 def read_journal(
     folder: str | Path,  # a checkpoint that was changed in place
-) -> list[tuple[dict, dict]]:
+) -> tuple[list[tuple[dict, dict]], str | None]:
     "Pairs (where the bytes belong, where they are in the journal), and the note of before. Raises CheckpointError where there is none or it is damaged."
     folder, path = Path(folder), Path(folder) / JOURNAL
     if not folder.is_dir(): raise CheckpointError(f"there is no folder {folder}: check the path")

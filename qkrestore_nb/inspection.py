@@ -6,10 +6,13 @@ __all__ = ['inspect_checkpoint', 'strip', 'principal_angles', 'compare', 'figure
 # %% ../nbs/11b_inspect.ipynb #bc5efdc1
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .checkpoints import CheckpointError, bits, pieces, read_config, read_index
 from .families import families, family_of, layer_kinds, planned_moves, stretches, text_config
 from .restore import _decode, _spot, plan_restore
+
+if TYPE_CHECKING: import numpy as np
 
 # %% ../nbs/11b_inspect.ipynb #9f1e8a9d
 def inspect_checkpoint(
@@ -50,7 +53,7 @@ def strip(
 def principal_angles(
     a,  # (d, D) one head's weights
     b,  # (d, D) and the other's
-):
+) -> "np.ndarray":
     "Angles between the two row spaces in degrees, largest first. Exact also where they are small: from the sines as well as the cosines."
     import numpy as np
     x, y = (np.linalg.qr(np.asarray(w, dtype="f8").T)[0].T for w in (a, b))

@@ -223,7 +223,7 @@ def linear_attention_triton(
     if torch.compiler.is_compiling(): o, S = _lightning(q, k, v, decay, state, borders)
     else:
         o, S = _fla().chunk_simple_gla(q, k, v, g_gamma=decay, scale=1.0, initial_state=state, output_final_state=True, cu_seqlens=borders)
-    if documents is None: return o, S
+    if borders is None: return o, S
     return o.view(B, T, *o.shape[2:]), S[torch.cat([first[1:], first.new_tensor([len(borders) - 1])]) - 1]
 
 # %% ../nbs/02_linear_attention.ipynb #90fefddb
@@ -240,6 +240,7 @@ def _look_for_triton(device: torch.device) -> str | None:
     except ImportError as e:
         _log.warning("linear attention runs in plain PyTorch: %s", e)
         return str(e)
+    return None
 
 
 @torch.compiler.assume_constant_result  # the compiler takes the answer and does not look inside
@@ -333,7 +334,7 @@ def delta_rule_recurrent(
     return torch.stack(o, 1), S
 
 # %% ../nbs/02_linear_attention.ipynb #0f93c616
-def delta_rule_quadratic(q, k, v, decay, beta, state=None):
+def delta_rule_quadratic(q, k, v, decay, beta, state=None) -> tuple[Tensor, Tensor]:
     "The gated delta rule for all tokens at once: a triangular solve, then decaying attention. Arguments as in `delta_rule_recurrent`."
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                        # (B, H, T, D)
     G, beta = decay.cumsum(1).transpose(1, 2), beta.transpose(1, 2)[..., None]              # (B, H, T), (B, H, T, 1)
@@ -348,7 +349,7 @@ def delta_rule_quadratic(q, k, v, decay, beta, state=None):
     return o.transpose(1, 2), S
 
 
-def delta_rule_chunked(q, k, v, decay, beta, state=None, chunk: int = 64):
+def delta_rule_chunked(q, k, v, decay, beta, state=None, chunk: int = 64) -> tuple[Tensor, Tensor]:
     "The same, `chunk` tokens at a time with the state handed on: time that grows with T. Arguments as in `delta_rule_recurrent`."
     outputs = []
     for part in zip(*(x.split(chunk, 1) for x in (q, k, v, decay, beta))):
@@ -357,7 +358,7 @@ def delta_rule_chunked(q, k, v, decay, beta, state=None, chunk: int = 64):
     return torch.cat(outputs, 1), state
 
 # %% ../nbs/02_linear_attention.ipynb #89d5c414
-def delta_rule_triton(q, k, v, decay, beta, state=None):
+def delta_rule_triton(q, k, v, decay, beta, state=None) -> tuple[Tensor, Tensor]:
     "The gated delta rule in flash-linear-attention's kernels; GPU tensors. Arguments as in `delta_rule_recurrent`."
     _fla()  # says what is missing
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule

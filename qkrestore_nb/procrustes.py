@@ -6,14 +6,16 @@ __all__ = ['solve_queries', 'procrustes_align', 'logits', 'logit_change', 'qk_pr
 # %% ../nbs/09_procrustes.ipynb #f28affba
 import hashlib
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
+from typing import overload
 
 import torch
 
 from .checkpoints import CheckpointError, check_out, new_folder, overwrite, pieces, read_config, read_index, sha256, write_all
 from .families import disagreement, layer_kinds, planned_tensors
 from .in_place import note_head, write_result
-from .restore import qk_restore
+from .restore import _Model, qk_restore
 from .softmax_attention import attention_logits, rms_norm, rope_angles, rotate
 
 # %% ../nbs/09_procrustes.ipynb #b5a82c46
@@ -168,7 +170,7 @@ def logit_change(
     return ((b - a).norm() / a.norm()).item()
 
 # %% ../nbs/09_procrustes.ipynb #0b36df1a
-def _plan(pre: dict, post: dict, layers) -> tuple[list[tuple[str, str]], int, int]:
+def _plan(pre: dict, post: dict, layers) -> tuple:
     "The names (W_Q, W_K) of each chosen layer, H and n_kv, after the configs were compared."
     for config in (c for x in (pre, post) for c in (x, x.get("text_config") or {})):
         if field := next((f for f in ("q_lora_rank", "kv_lora_rank") if config.get(f)), None):
@@ -218,9 +220,9 @@ def _finite(tensor, name: str, which: str):
 
 def _solved(q_pre, q_post, k_pre, row: dict, device, **how):
     "W_Q of one layer in the dtype of the checkpoint, on its device."
-    near = [_finite(t, name, which).to(device) for t, name, which in
-            ((q_pre, row["q"][0], "pre"), (q_post, row["q"][1], "post"), (k_pre, row["k"][0], "pre"))]
-    return _finite(solve_queries(*near, **how, name=row["k"][0]).to(q_post.dtype), row["q"][1], "the result").to(q_post.device)
+    old, new, keys = (_finite(t, name, which).to(device) for t, name, which in
+            ((q_pre, row["q"][0], "pre"), (q_post, row["q"][1], "post"), (k_pre, row["k"][0], "pre")))
+    return _finite(solve_queries(old, new, keys, **how, name=row["k"][0]).to(q_post.dtype), row["q"][1], "the result").to(q_post.device)
 
 # %% ../nbs/09_procrustes.ipynb #2e1d2668
 _types = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
@@ -273,6 +275,12 @@ def _choices(lam, space, per, dtype):
     return said, {**said, "dtype": getattr(torch, said["dtype"])}
 
 
+@overload
+def qk_pro(pre: str | Path, post: str | Path, out: str | Path, lam: float = 1e-2, space: str = "input", per: str = "matrix", layers: str | Iterable[int] = "softmax", *,
+           dtype: str = "float32", device: str | None = None) -> Path: ...
+@overload
+def qk_pro(pre: _Model, post: _Model, *, lam: float = 1e-2, space: str = "input", per: str = "matrix", layers: str | Iterable[int] = "softmax", config=None,
+           inplace: bool = False, dtype: str = "float32", device: str | None = None) -> _Model: ...
 def qk_pro(
     pre,                             # before SFT: a model, a state dict, or a checkpoint folder
     post,                            # after SFT, of the same kind
@@ -302,7 +310,7 @@ def qk_pro(
         if inplace: raise CheckpointError("folders are never changed in place: give out= a free name")
         return _pro_folders(Path(pre), Path(post), Path(out), layers, device, how, said)
     if out is not None: raise CheckpointError("out= is for checkpoint folders: save the returned model with save_pretrained")
-    configs = [config if kinds[0] == "dict" else getattr(x, "config", None) for x in (pre, post)]
+    configs: list = [config if kinds[0] == "dict" else getattr(x, "config", None) for x in (pre, post)]
     if None in configs: raise CheckpointError("nothing says which layers are softmax: pass models of transformers, or state dicts with config=")
     names, H, n_kv = _plan(*(c.to_dict() if hasattr(c, "to_dict") else dict(c) for c in configs), layers)
     state = lambda x: x if isinstance(x, dict) else x.state_dict()

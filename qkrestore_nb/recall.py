@@ -5,7 +5,11 @@ __all__ = ['vocabulary', 'token_id', 'digits', 'letters', 'keys', 'words', 'test
            'noise', 'essay', 'draw_keys', 'items', 'needle_rows', 'values_and_hops', 'recall_test', 'answers', 'right']
 
 # %% ../nbs/04_recall.ipynb #bd60436e
+from typing import TYPE_CHECKING
+
 import numpy as np
+
+if TYPE_CHECKING: from transformers import PreTrainedTokenizerFast
 
 # %% ../nbs/04_recall.ipynb #85ba1f89
 def _vocabulary() -> list[str]:
@@ -49,7 +53,7 @@ def ids_of(
 digits, letters, keys, words = ids_of("0", 10), ids_of("a", 32), ids_of("k0", 128), ids_of("baba", 256)
 
 # %% ../nbs/04_recall.ipynb #5e5e19a2
-def tokenizer():
+def tokenizer() -> "PreTrainedTokenizerFast":
     "The vocabulary as a tokenizer of transformers: words between spaces, so that every checkpoint folder can be read aloud."
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -183,7 +187,7 @@ def values_and_hops(
     return dict(ids=ids, ask=np.broadcast_to(ask, (B, *ask.shape)), body=body)
 
 
-tests = dict(  # the haystack, and how many needles a row of T tokens holds
+tests: dict[str, dict] = dict(  # the haystack, and how many needles a row of T tokens holds
     S1=dict(filler=noise, needles=lambda T: 1, value="digits"),
     S2=dict(filler=essay, needles=lambda T: 1, value="digits"),
     S3=dict(filler=essay, needles=lambda T: 1, value="letters"),

@@ -10,12 +10,16 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar, overload
 
 from .adapters import is_adapter, restore_adapter
 from .checkpoints import CheckpointError, _sync, bits, check_out, locked, new_folder, overwrite, pieces, read_config, read_index, sha256
 from .families import chosen_layers, disagreement, family_of, moves_by_hand, planned_moves, planned_tensors, stretches
 from .hub import hub_name, is_hub_id, local_folder
 from .in_place import check_in_place, note_head, write_journal, write_result
+
+if TYPE_CHECKING: from torch.nn import Module
+_Model = TypeVar("_Model", bound="dict | Module")
 
 # %% ../nbs/08_restore.ipynb #a82cf986
 def _known(config: dict) -> bool:
@@ -222,6 +226,13 @@ def _restore_folders(pre: Path, post: Path, out: Path | None, layers, projection
     return out or post
 
 # %% ../nbs/08_restore.ipynb #80b4ccc7
+@overload
+def qk_restore(pre: str | Path, post: str | Path, out: str | Path | None = None, layers: str | Iterable[int] = "softmax", projections: str = "qk", *, inplace: bool = False,
+               heads: list[int] | None = None, include: str = "", strength: float = 1., mla: str | None = None, tensors: str | None = None,
+               cast: bool = False, token: str | None = None, progress: Callable[[int], None] | None = None) -> Path: ...
+@overload
+def qk_restore(pre: _Model, post: _Model, *, layers: str | Iterable[int] = "softmax", projections: str = "qk", config=None, inplace: bool = False,
+               heads: list[int] | None = None, include: str = "", strength: float = 1., mla: str | None = None, tensors: str | None = None) -> _Model: ...
 def qk_restore(
     pre,                                       # before SFT: a model, a state dict, a checkpoint folder, or a hub id (owner/name, owner/name@revision)
     post,                                      # after SFT, of the same kind; also the folder of a LoRA adapter trained on top of pre
@@ -245,7 +256,8 @@ def qk_restore(
     Returns what was given: a model, a state dict, or the path of the new folder. Inputs are never changed unless `inplace`.
     Raises CheckpointError, a ValueError, with a sentence that says what to do; nothing is left behind then."""
     if isinstance(layers, Iterable) and not isinstance(layers, str): layers = list(layers)
-    strength, choice = _strength(strength), dict(heads=heads if heads is None else sorted(set(heads)), include=include, mla=mla, tensors=tensors)
+    strength = _strength(strength)
+    choice: dict = dict(heads=heads if heads is None else sorted(set(heads)), include=include, mla=mla, tensors=tensors)
     is_path = [isinstance(x, (str, Path)) for x in (pre, post)]
     is_dict = [isinstance(x, dict) for x in (pre, post)]
     if len(set(is_path)) > 1 or len(set(is_dict)) > 1: raise CheckpointError("pre and post must be of one kind: two models, two state dicts, or two folders")
@@ -257,7 +269,7 @@ def qk_restore(
         folders = [local_folder(x, token) for x in (pre, post)]
         names, (pre, post) = tuple(hub_name(x, f) for x, f in zip((pre, post), folders)), folders
         if is_adapter(post):
-            if strength < 1 or cast or inplace: raise CheckpointError("an adapter is restored as a whole into out=: strength, cast and inplace are for full checkpoints")
+            if strength < 1 or cast or out is None: raise CheckpointError("an adapter is restored as a whole into out=: strength, cast and inplace are for full checkpoints")
             return restore_adapter(pre, post, Path(out), layers, projections, names=names, **choice)
         return _restore_folders(pre, post, Path(out) if out is not None else None, layers, projections, strength, cast, progress, names, **choice)
     if out is not None: raise CheckpointError("out= is for checkpoint folders: save the returned model with save_pretrained")

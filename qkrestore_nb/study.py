@@ -53,4 +53,5 @@ def contrast(
     for _ in range(draws):
         each = f(lambda variant, cells: shares(runs, variant, cells, rng))
         means.append(np.mean(each[rng.integers(0, len(each), len(each))]))
-    return float(np.mean(f(lambda variant, cells: shares(runs, variant, cells)))), *map(float, np.percentile(means, [2.5, 97.5]))
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(np.mean(f(lambda variant, cells: shares(runs, variant, cells)))), float(low), float(high)

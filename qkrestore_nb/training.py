@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .reasoning import pack, problem
 from .recall import digits, essay, ids_of, keys, letters, needle_rows, noise, token_id, values_and_hops, words
+
+_Model = TypeVar("_Model", bound=torch.nn.Module)
 
 # %% ../nbs/06_training.ipynb #cf4b7a9f
 def weighted_loss(
@@ -127,8 +130,8 @@ def sft_batch(
 
 # %% ../nbs/06_training.ipynb #b5e3aede
 def init_weights(
-    model,  # a HypeNetForCausalLM
-):
+    model: _Model,  # a HypeNetForCausalLM
+) -> _Model:
     "Start small models well: inputs 1/sqrt(fan_in), what writes to the residual stream a quarter of it, gates 0.3. Returns the model."
     for name, p in model.named_parameters():
         if p.ndim == 1: continue

