@@ -41,7 +41,7 @@ else: mathjax_path = "https://cdn.jsdelivr.net/npm/mathjax@3.2.2/es5/tex-chtml.j
 def rst(text: str) -> str:
     "A docstring's plain text and `code` as reStructuredText: nothing else in it is markup."
     parts = re.split(r"`([^`\n]+)`", text)
-    return "".join(f"``{p}``" if i % 2 else re.sub(r"([\\*_|<>])", r"\\\1", p) for i, p in enumerate(parts))
+    return "".join(f"``{p}``" if i % 2 else re.sub(r"([\\*_|<>@])", r"\\\1", p) for i, p in enumerate(parts))
 
 
 def describe(kind, note: str | None) -> str:
