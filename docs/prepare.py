@@ -115,7 +115,7 @@ def prepare(nbs: Path = ROOT / "nbs", pages: Path = ROOT / "docs" / "pages") -> 
     index, names, api = notebooks.pop("index"), {}, ["# Everything exported\n\nThe notebooks define all of it; each name leads to its entry."]
     for stem, nb in notebooks.items():
         if found := exported(nb):
-            api.append(f"## {module_of(nb)}\n\nFrom [{stem}]({stem}.ipynb).\n")
+            api.append(f"## {module_of(nb).split('.')[-1]}\n\n`{module_of(nb)}`, from [{stem}]({stem}.ipynb).\n")
             api += [f"- {{py:obj}}`{k} <{module_of(nb)}.{k}>`: {v}" for k, v in found.items()]
             for k in found: names.setdefault(k, []).append(f"{module_of(nb)}.{k}")
     blob = f"{repository()}/blob/{settings()['branch']}/"

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 SITE, AXE = ROOT / "docs" / "site", ROOT / "docs" / ".axe" / "axe.min.js"
 sys.path.insert(0, str(ROOT / "docs"))
 from build import npm_package
-from links import survey
+from links import Page, survey
 from prepare import repository, settings
 
 PAGES = sorted(p.stem for p in SITE.glob("*.html"))
@@ -92,6 +92,7 @@ LOOK = """async () => {
   const found = [], say = (what, e) => found.push(what + ': ' + (e?.outerHTML ?? e ?? '').replace(/\\s+/g, ' ').slice(0, 120))
   const all = (s) => [...document.querySelectorAll(s)], wide = document.documentElement.clientWidth
   await window.MathJax?.startup?.promise
+  document.head.insertAdjacentHTML('beforeend', '<style>* { animation: none !important; transition: none !important }</style>')
   for (const d of all('details')) d.open = true
   if (document.documentElement.scrollWidth > wide) say('the page scrolls sideways')
   // site.css clips the page: what is too wide would be cut, and no scroll bar would show it
@@ -119,7 +120,7 @@ AXE_RUN = """async (only) => {
   const found = [], seen = new Set()
   const light = (c) => c.map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4).reduce((s, v, i) => s + v * [.2126, .7152, .0722][i], 0)
   const numbers = (c) => c.match(/[\\d.]+/g).map(Number)
-  const ground = (e) => { const c = numbers(getComputedStyle(e).backgroundColor); return c.length == 4 && c[3] < 1 && e.parentElement ? ground(e.parentElement) : c.slice(0, 3) }
+  const ground = (e) => { const c = numbers(getComputedStyle(e).backgroundColor); return c[3] !== 0 ? c.slice(0, 3) : e.parentElement ? ground(e.parentElement) : [255, 255, 255] }
   for (const e of document.querySelectorAll('pre span')) {
     const pair = [numbers(getComputedStyle(e).color).slice(0, 3), ground(e)], [a, b] = pair.map(light)
     const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05)
@@ -157,3 +158,122 @@ def visit(context, address: str, axe: str | None = None, only: list[str] | None 
 def test_page(contexts, site, axe, name, mode):
     found = visit(contexts[mode], f"{site}/{name}.html", axe if mode != "phone" else None, ["color-contrast"] if mode == "dark" else None)
     assert not found, "\n".join(found)
+
+
+# each check of a page, and a page that it has to flag: what is put into the body of a good one -> a piece of the sentence
+BAD = {
+    "too wide": ('<div style="width: 3000px">.</div>', "wider than the window"),
+    "too wide and clipped": ('<style>html, body { overflow-x: clip }</style><div style="width: 3000px">.</div>', "wider than the window"),
+    "console": ("<script>console.error('oh')</script>", "console: oh"),
+    "script": ("<script>throw new Error('oh')</script>", "script: oh"),
+    "missing file": ('<script src="nowhere.js"></script>', "404: "),
+    "another host": ('<script src="http://elsewhere.test/a.js"></script>', "another host: http://elsewhere.test"),
+    "raw formula": ("<p>So $$x$$ is</p>", "raw maths"),
+    "formula not rendered": ('<span class="math">x</span>', "not rendered"),
+    "wrong formula": (r'<span class="math">\(\frac{1\)</span>', "a formula has an error"),
+    "unknown macro": (r'<span class="math">\(\nosuchmacro\)</span>', "a formula has an error"),
+    "missing image": ('<img src="nowhere.png" alt="A picture of nothing at all">', "did not load"),
+    "alternative text": ('<img src="_static/favicon.svg" alt="Figure: a chapter of the book">', "says nothing"),
+    "two titles": ("<h1>Again</h1>", "not exactly one title"),
+    "level left out": ("<h3>Below nothing</h3>", "a level of headings"),
+    "contrast": ('<p style="color: #bbb; background: #fff">pale</p>', "axe, color-contrast"),
+    "contrast of code": ('<pre><span style="color: #bbb">pale</span></pre>', "contrast of code"),
+    "form": ("<input>", "axe, label"),
+}
+GOOD = r"""<!doctype html><html lang="en"><head><title>Good</title><script defer src="_static/mathjax/tex-chtml.js"></script></head><body><main><h1>Good</h1>
+<p>A formula: <span class="math">\(\frac{1}{2}\)</span></p><pre><span style="color: #555">code</span> $$</pre>
+<img src="_static/favicon.svg" alt="The sign of this book, large" width="60">%s</main></body></html>"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, site):
+    "A site of small pages: one that is good, and a bad one for each check."
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "_static").symlink_to(SITE / "_static")
+    for name, (body, _) in {"good": ("", ""), **BAD}.items(): (folder / f"{name}.html".replace(" ", "-")).write_text(GOOD % body)
+    (folder / "favicon.ico").write_bytes(b"")
+    with served(folder) as address: yield address
+
+
+def test_a_good_page_is_good(contexts, made, axe):
+    assert visit(contexts["desktop"], f"{made}/good.html", axe) == []
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_page_checks_can_fail(contexts, made, axe, name):
+    found = visit(contexts["desktop"], f"{made}/{name}.html".replace(" ", "-"), axe)
+    assert any(BAD[name][1] in f for f in found), found
+
+
+def find(context, address: str, words: str) -> list[str]:
+    "The pages that the search finds, typed as a reader would."
+    page = context.new_page()
+    page.goto(f"{address}/search.html")
+    field = page.locator("main input[type=search]:visible").first
+    field.fill(words)
+    field.press("Enter")
+    page.wait_for_function("/found|did not match/.test(document.querySelector('#search-results p.search-summary')?.textContent ?? '')")
+    page.wait_for_timeout(300)  # results are drawn one by one
+    found = [urlsplit(a).path[1:] for a in page.locator("#search-results li a").evaluate_all("links => links.map(a => a.href)")]
+    page.close()
+    return found
+
+
+def test_search(contexts, site):
+    assert "08_restore.html" in find(contexts["desktop"], site, "qk_restore")
+    assert find(contexts["desktop"], site, "zzzznothing") == []
+
+
+@pytest.fixture(scope="module")
+def surveyed(site): return survey(SITE)
+
+
+def test_links(surveyed):
+    assert not surveyed["wrong"], "\n".join(surveyed["wrong"])
+    assert surveyed["links"]["inside"] > 30 * len(PAGES)
+
+
+def test_link_check_can_fail(tmp_path):
+    good = ["#here", "b.html", "b.html#there", ".", "https://arxiv.org/abs/2606.11052", "mailto:a@b.org", f"{repository()}/blob/{settings()['branch']}/README.md"]
+    bad = ["#nowhere", "c.html", "b.html#here", "../x.html", "https://example.com/x", "http://localhost/", "https://nodot/", "https://a.org/b c", "javascript:0", "mailto:a",
+           f"{repository()}/blob/{settings()['branch']}/nowhere.md"]
+    (tmp_path / "index.html").write_text('<p id="here">' + "".join(f'<a href="{link}">x</a>' for link in good + bad) + '<img src="gone.png">')
+    (tmp_path / "b.html").write_text('<p id="there">')
+    found = survey(tmp_path)
+    assert [w.split(": ")[1] for w in found["wrong"]] == [*bad, "gone.png"]
+    assert found["pages"] == 2 and sum(found["links"].values()) == len(good + bad) + 1
+
+
+def too_large(found: dict, site_mb: float = 15, page_mb: float = 1.5) -> list[str]:
+    "The site as it lies on disk, and each page as its html with the images that it shows: what exceeds the limit."
+    large = [f"{n}: {s['with_images'] / 1e6:.2f} MB" for n, s in found["sizes"].items() if s["with_images"] > page_mb * 1e6]
+    return large + [f"site: {found['bytes'] / 1e6:.1f} MB"] * (found["bytes"] > site_mb * 1e6)
+
+
+def test_sizes(surveyed): assert too_large(surveyed) == []
+
+
+def test_size_check_can_fail(tmp_path):
+    (tmp_path / "index.html").write_text('<img src="a.png"><img src="a.png">')
+    (tmp_path / "a.png").write_bytes(bytes(1_400_000))
+    assert too_large(survey(tmp_path)) == []  # an image that is shown twice is loaded once
+    (tmp_path / "a.png").write_bytes(bytes(1_600_000))
+    assert too_large(survey(tmp_path), site_mb=1.5) == ["index.html: 1.60 MB", "site: 1.6 MB"]
+
+
+def without_launch(site: Path) -> list[str]:
+    "Notebooks that have no page, or whose page does not lead to exactly that notebook in Colab."
+    start = f"https://colab.research.google.com/github/{urlsplit(repository()).path[1:]}/blob/{settings()['branch']}/nbs/"
+    launches = lambda path: {link for link in Page(path).links if "colab.research" in link} if path.is_file() else None
+    return [n for n in NOTEBOOKS if launches(site / f"{n}.html") != {f"{start}{n}.ipynb"}]
+
+
+def test_every_notebook_has_its_page_and_launches(surveyed): assert without_launch(SITE) == []
+
+
+def test_launch_check_can_fail(tmp_path, site):
+    for path in SITE.glob("*.html"): shutil.copy(path, tmp_path)
+    assert without_launch(tmp_path) == []
+    (tmp_path / "00_core.html").write_text((tmp_path / "01_softmax_attention.html").read_text())
+    (tmp_path / "08_restore.html").unlink()
+    assert without_launch(tmp_path) == ["00_core", "08_restore"]
