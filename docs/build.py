@@ -41,12 +41,13 @@ def lighten(site: Path) -> None:
     "Pages appear sooner and do not jump: no file that only costs time, scripts that can wait do, figures say how large they are."
     for path in (*site.rglob("*.map"), site / "_static" / "scripts" / "fontawesome.js"): path.unlink()  # the icons come from its fonts, too: a tenth of the size
     def sized(m):
-        width, height = struct.unpack(">II", (site / m[1]).read_bytes()[16:24])
+        if " width=" in m[0]: return m[0]
+        width, height = struct.unpack(">II", (site / m[1]).read_bytes()[16:24])  # where a PNG has them
         return f'{m[0]} width="{width}" height="{height}"'
     for path in site.glob("*.html"):
         text = re.sub(r"\s*<script [^>]*fontawesome\.js[^>]*></script>", "", path.read_text())
         text = re.sub(rf'<script (?=src="(?:_static/)?(?:{LATER})\.js)', "<script defer ", text)
-        path.write_text(re.sub(r'src="(_images/[^"]+\.png)"', sized, text))
+        path.write_text(re.sub(r'<img [^>]*src="(_images/[^"]+\.png)"[^>/]*', sized, text))
 
 
 def main() -> int:
