@@ -47,6 +47,7 @@ def lighten(site: Path) -> None:
     for path in site.glob("*.html"):
         text = re.sub(r"\s*<script [^>]*fontawesome\.js[^>]*></script>", "", path.read_text())
         text = re.sub(rf'<script (?=src="(?:_static/)?(?:{LATER})\.js)', "<script defer ", text)
+        text = text.replace("</strong> -- ", "</strong>: ")  # in lists of parameters: a dash only where Sphinx may set all dashes
         path.write_text(re.sub(r'<img [^>]*src="(_images/[^"]+\.png)"[^>/]*', sized, text))
 
 

@@ -126,7 +126,7 @@ AXE_RUN = """async (only) => {
     const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05)
     if (ratio < 4.5 && !seen.has(`${pair}`)) seen.add(`${pair}`) && found.push(`contrast of code ${ratio.toFixed(2)}: ${e.className} ${e.textContent.slice(0, 20)} ${pair.join(' on ')}`)
   }
-  for (const e of document.querySelectorAll('pre')) e.textContent = e.textContent
+  for (const e of document.querySelectorAll('pre, code')) e.textContent = e.textContent
   for (const e of document.querySelectorAll('mjx-math')) e.replaceChildren()
   const options = {preload: false, resultTypes: ['violations'], ...(only && {runOnly: only})}
   for (const v of (await axe.run(document, options)).violations) if (['serious', 'critical'].includes(v.impact))
@@ -201,7 +201,7 @@ def test_a_good_page_is_good(contexts, made, axe):
 
 @pytest.mark.parametrize("name", BAD)
 def test_page_checks_can_fail(contexts, made, axe, name):
-    found = visit(contexts["desktop"], f"{made}/{name}.html".replace(" ", "-"), axe)
+    found = visit(contexts["desktop"], f"{made}/{name}.html".replace(" ", "-"), axe if name in ("contrast", "contrast of code", "form") else None)
     assert any(BAD[name][1] in f for f in found), found
 
 
