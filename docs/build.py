@@ -1,5 +1,7 @@
 "Build the site into docs/site: `python docs/build.py`. Warnings are errors."
+import re
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
@@ -9,22 +11,44 @@ from pathlib import Path
 DOCS = Path(__file__).resolve().parent
 
 
+def npm_package(name: str, folder: Path) -> Path:
+    "A package of npm, such as mathjax@3.2.2, unpacked in `folder`. Raises OSError or CalledProcessError without npm or a connection."
+    subprocess.run(["npm", "pack", "--silent", name], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    with tarfile.open(next(Path(folder).glob("*.tgz"))) as tar: tar.extractall(folder, filter="data")
+    return Path(folder) / "package"
+
+
 def mathjax(version: str = "3.2.2") -> None:
     "MathJax into docs/.mathjax, once: formulas then need no other host. Without npm they load it from its public address."
     target = DOCS / ".mathjax" / "mathjax"
     if target.exists(): return
     with tempfile.TemporaryDirectory() as folder:
-        try: subprocess.run(["npm", "pack", "--silent", f"mathjax@{version}"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        try: es5, part = npm_package(f"mathjax@{version}", folder) / "es5", Path(folder) / "part"
         except (OSError, subprocess.CalledProcessError) as e:
             print(f"npm did not fetch MathJax ({e}): formulas on this site will load it from a public address", file=sys.stderr)
             return
-        with tarfile.open(next(Path(folder).glob("*.tgz"))) as tar: tar.extractall(folder, filter="data")
-        es5, part = Path(folder) / "package" / "es5", Path(folder) / "part"
         shutil.copytree(es5 / "output" / "chtml" / "fonts" / "woff-v2", part / "output" / "chtml" / "fonts" / "woff-v2")
         shutil.copytree(es5 / "input" / "tex" / "extensions", part / "input" / "tex" / "extensions")  # rare macros load them
         shutil.copy(es5 / "tex-chtml.js", part)
         target.parent.mkdir(exist_ok=True)
         shutil.move(part, target)
+
+
+LATER = "searchtools|language_data|searchindex|clipboard.min|copybutton|design-tabs|sphinx_highlight"
+
+
+def lighten(site: Path) -> None:
+    "Pages appear sooner and do not jump: no file that only costs time, scripts that can wait do, figures say how large they are."
+    for path in (*site.rglob("*.map"), site / "_static" / "scripts" / "fontawesome.js"): path.unlink()  # the icons come from its fonts, too: a tenth of the size
+    def sized(m):
+        if " width=" in m[0]: return m[0]
+        width, height = struct.unpack(">II", (site / m[1]).read_bytes()[16:24])  # where a PNG has them
+        return f'{m[0]} width="{width}" height="{height}"'
+    for path in site.glob("*.html"):
+        text = re.sub(r"\s*<script [^>]*fontawesome\.js[^>]*></script>", "", path.read_text())
+        text = re.sub(rf'<script (?=src="(?:_static/)?(?:{LATER})\.js)', "<script defer ", text)
+        text = text.replace("</strong> -- ", "</strong>: ")  # in lists of parameters: a dash only where Sphinx may set all dashes
+        path.write_text(re.sub(r'<img [^>]*src="(_images/[^"]+\.png)"[^>/]*', sized, text))
 
 
 def main() -> int:
@@ -33,8 +57,10 @@ def main() -> int:
     prepare()
     site = DOCS / "site"
     shutil.rmtree(site, ignore_errors=True)
-    done = subprocess.run([sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-E", "-q", "-b", "html", "-c", DOCS, DOCS / "pages", site])
+    with tempfile.TemporaryDirectory() as doctrees:
+        done = subprocess.run([sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-E", "-q", "-b", "html", "-c", DOCS, "-d", doctrees, DOCS / "pages", site])
     shutil.rmtree(DOCS / "jupyter_execute", ignore_errors=True)  # myst-nb's copies of the figures, already in the site
+    if done.returncode == 0: lighten(site)
     if done.returncode == 0: print(f"{len(list(site.glob('*.html')))} pages: open {site / 'index.html'}")
     return done.returncode
 

@@ -3,8 +3,12 @@ import inspect
 import re
 import sys
 from dataclasses import is_dataclass
+from html import escape
 from pathlib import Path
+from textwrap import shorten
 from typing import Annotated, get_args, get_origin
+
+from docutils import nodes
 
 DOCS = Path(__file__).resolve().parent
 sys.path[:0] = [str(DOCS.parent), str(DOCS)]
@@ -22,6 +26,7 @@ autodoc_inherit_docstrings = False
 autodoc_preserve_defaults = True
 add_module_names = False
 toc_object_entries = False
+smartquotes = False  # they would turn the -- of a command's options into a dash
 
 html_theme, html_title, html_favicon = "sphinx_book_theme", "qkrestore_nb", "_static/favicon.svg"
 html_static_path, html_css_files = ["_static"], ["site.css"]
@@ -41,7 +46,7 @@ else: mathjax_path = "https://cdn.jsdelivr.net/npm/mathjax@3.2.2/es5/tex-chtml.j
 def rst(text: str) -> str:
     "A docstring's plain text and `code` as reStructuredText: nothing else in it is markup."
     parts = re.split(r"`([^`\n]+)`", text)
-    return "".join(f"``{p}``" if i % 2 else re.sub(r"([\\*_|<>])", r"\\\1", p) for i, p in enumerate(parts))
+    return "".join(f"``{p}``" if i % 2 else re.sub(r"([\\*_|<>@])", r"\\\1", p) for i, p in enumerate(parts))
 
 
 def describe(kind, note: str | None) -> str:
@@ -55,7 +60,7 @@ def describe(kind, note: str | None) -> str:
 
 def parameters(app, what, name, obj, options, lines):
     "nbdev's docments, the comments beside the parameters, become a list of parameters below the docstring."
-    lines[:] = [rst(line) for line in lines]
+    lines[:] = [f"Example: ``{line[9:].strip()}``" if line.startswith("Example: ") else rst(line) for line in lines]
     if what == "class" and not (is_dataclass(obj) and "__doc__" in vars(obj)) and "__init__" not in vars(obj): return
     if what not in ("function", "method", "class"): return
     from fastcore.docments import docments
@@ -66,4 +71,13 @@ def parameters(app, what, name, obj, options, lines):
     lines += ["", *(f":param {k}: {v}" for k, v in rows.items() if v), *([f":returns: {returned}"] if returned else []), ""]
 
 
-def setup(app): app.connect("autodoc-process-docstring", parameters)
+def description(app, pagename, templatename, context, doctree):
+    "What search engines show below a page's title: its first paragraph, or what the package is."
+    first = next((p.astext() for p in doctree.findall(nodes.paragraph)), "") if doctree else ""
+    said = " ".join(first.split()) or settings()["description"]
+    context["metatags"] = context.get("metatags", "") + f'<meta name="description" content="{escape(shorten(said, 200, placeholder=" ..."))}" />\n'
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", parameters)
+    app.connect("html-page-context", description)

@@ -37,9 +37,9 @@ def directives(source: str) -> tuple[dict[str, str], str]:
 
 
 def public(source: str) -> dict[str, str]:
-    "Functions and classes that a cell defines for users: name -> first line of the docstring."
+    "Functions and classes that a cell defines for users: name -> first paragraph of the docstring."
     defs = [n for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
-    return {n.name: (ast.get_docstring(n) or "").split("\n")[0] for n in defs if not n.name.startswith("_")}
+    return {n.name: " ".join((ast.get_docstring(n) or "").split("\n\n")[0].split()) for n in defs if not n.name.startswith("_")}
 
 
 def module_of(nb) -> str | None:
@@ -48,7 +48,7 @@ def module_of(nb) -> str | None:
 
 
 def exported(nb) -> dict[str, str]:
-    "All that one notebook exports: name -> first line of the docstring."
+    "All that one notebook exports: name -> first paragraph of the docstring."
     cells = [directives(c.source) for c in nb.cells if c.cell_type == "code"]
     return {k: v for found, source in cells if "export" in found for k, v in public(source).items()}
 
@@ -115,7 +115,7 @@ def prepare(nbs: Path = ROOT / "nbs", pages: Path = ROOT / "docs" / "pages") -> 
     index, names, api = notebooks.pop("index"), {}, ["# Everything exported\n\nThe notebooks define all of it; each name leads to its entry."]
     for stem, nb in notebooks.items():
         if found := exported(nb):
-            api.append(f"## {module_of(nb)}\n\nFrom [{stem}]({stem}.ipynb).\n")
+            api.append(f"## {module_of(nb).split('.')[-1]}\n\n`{module_of(nb)}`, from [{stem}]({stem}.ipynb).\n")
             api += [f"- {{py:obj}}`{k} <{module_of(nb)}.{k}>`: {v}" for k, v in found.items()]
             for k in found: names.setdefault(k, []).append(f"{module_of(nb)}.{k}")
     blob = f"{repository()}/blob/{settings()['branch']}/"

@@ -1,0 +1,295 @@
+"""The built site in a real browser: every page in a wide window, light and dark, and on a phone; its links, its sizes; and each check can fail.
+
+    python docs/build.py && SITE_TESTS=1 pytest tests/test_site.py
+
+Without Chromium or a built site the tests are skipped, or fail where SITE_TESTS=1 asks for them."""
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from urllib.parse import urlsplit
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SITE, AXE = ROOT / "docs" / "site", ROOT / "docs" / ".axe" / "axe.min.js"
+sys.path.insert(0, str(ROOT / "docs"))
+from build import npm_package
+from links import Page, survey
+from prepare import repository, settings
+
+PAGES = sorted(p.stem for p in SITE.glob("*.html"))
+NOTEBOOKS = sorted(p.stem for p in (ROOT / "nbs").glob("*.ipynb"))
+WINDOWS = {"wide": dict(viewport=dict(width=1280, height=900), color_scheme="dark"),  # loaded in the dark, then looked at in both colours
+           "phone": dict(viewport=dict(width=390, height=844), color_scheme="light", has_touch=True)}
+BROWSERS = ("google-chrome", "google-chrome-stable", "chromium", "chromium-browser")
+
+
+def need(thing, reason: str):
+    "The thing; without it the test is skipped, or fails where SITE_TESTS=1 asked for these tests."
+    if not thing: (pytest.fail if os.environ.get("SITE_TESTS") == "1" else pytest.skip)(reason)
+    return thing
+
+
+@contextmanager
+def served(folder: Path):
+    "The address of a server of one folder on this machine."
+    class Quiet(SimpleHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        def log_message(self, *args): pass
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder))
+    server.daemon_threads = True
+    Thread(target=server.serve_forever, daemon=True).start()
+    try: yield f"http://127.0.0.1:{server.server_port}"
+    finally: server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def site():
+    need((SITE / "index.html").is_file(), "no built site in docs/site: run python docs/build.py")
+    with served(SITE) as address: yield address
+
+
+@pytest.fixture(scope="module")
+def axe() -> str:
+    "axe-core, fetched once, as docs/build.py fetches MathJax."
+    if not AXE.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            try: found = npm_package("axe-core@4.10.3", folder) / "axe.min.js"
+            except (OSError, subprocess.CalledProcessError) as e: return need("", f"npm did not fetch axe-core: {e}")
+            AXE.parent.mkdir(exist_ok=True)
+            shutil.move(found, AXE)
+    return AXE.read_text()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    path = need(next(filter(None, map(shutil.which, BROWSERS)), None), "no Chromium or Chrome on the PATH")
+    try: from playwright.sync_api import sync_playwright
+    except ImportError: return need(None, "playwright is not installed")
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def contexts(browser):
+    "Two windows, kept open: what all pages share is loaded once."
+    found = {name: browser.new_context(**window) for name, window in WINDOWS.items()}
+    yield found
+    for context in found.values(): context.close()
+
+
+LOOK = """async () => {
+  const found = [], say = (what, e) => found.push(what + ': ' + (e?.outerHTML ?? e ?? '').replace(/\\s+/g, ' ').slice(0, 120))
+  const all = (s) => [...document.querySelectorAll(s)], wide = document.documentElement.clientWidth
+  await window.MathJax?.startup?.promise
+  document.head.insertAdjacentHTML('beforeend', '<style>* { animation: none !important; transition: none !important }</style>')
+  for (const d of all('details')) d.open = true
+  if (document.documentElement.scrollWidth > wide) say('the page scrolls sideways')
+  // site.css clips the page: what is too wide would be cut, and no scroll bar would show it
+  const boxed = (e) => e && e !== document.body && (/auto|scroll/.test(getComputedStyle(e).overflowX) || boxed(e.parentElement))
+  for (const e of all('body *')) if (e.checkVisibility() && e.getBoundingClientRect().right > wide + 1 && !boxed(e.parentElement) && !e.closest('mjx-assistive-mml, .bd-sidebar-secondary')) {
+    say('wider than the window', e)
+    break
+  }
+  for (const e of all('.math')) if (!e.querySelector('mjx-container')) say('a formula is not rendered', e)
+  for (const e of all('mjx-merror, [data-mjx-error], mjx-container [style*="color: red"]')) say('a formula has an error', e)
+  const words = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT)
+  while (words.nextNode()) if (/\\$\\$|\\\\\\(|\\\\\\[/.test(words.currentNode.data) && !words.currentNode.parentElement.closest('pre, code, script, style, mjx-container'))
+    say('raw maths', words.currentNode.data)
+  for (const e of all('img')) {
+    if (!e.complete || !e.naturalWidth) say('an image did not load', e)
+    if (!e.closest('a, button') && (e.alt.trim().length < 20 || /^Figure: |\\.(png|svg)$/.test(e.alt))) say('an image says nothing to those who do not see it', e)
+  }
+  const levels = all('main h1, main h2, main h3, main h4, main h5, main h6').filter(e => e.checkVisibility())
+  if (levels.filter(e => e.tagName == 'H1').length != 1) say('not exactly one title')
+  levels.reduce((last, e) => { if (e.tagName[1] - last > 1) say('a level of headings is left out', e); return +e.tagName[1] }, 0)
+  return found
+}"""
+COLOURS = """async (scheme) => {
+  await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))  // the theme hears of the new colours
+  const found = [], seen = new Set(), theme = document.documentElement.dataset.theme
+  if (theme && theme != scheme) found.push(`the page does not turn ${scheme}`)
+  const light = (c) => c.map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4).reduce((s, v, i) => s + v * [.2126, .7152, .0722][i], 0)
+  const numbers = (c) => c.match(/[\\d.]+/g).map(Number)
+  const ground = (e) => { const c = numbers(getComputedStyle(e).backgroundColor); return c[3] !== 0 ? c.slice(0, 3) : e.parentElement ? ground(e.parentElement) : [255, 255, 255] }
+  for (const e of document.querySelectorAll('pre span')) {
+    const pair = [numbers(getComputedStyle(e).color).slice(0, 3), ground(e)], [a, b] = pair.map(light)
+    const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05)
+    if (ratio < 4.5 && !seen.has(`${pair}`)) seen.add(`${pair}`) && found.push(`contrast of code, ${scheme}, ${ratio.toFixed(2)}: ${e.className} ${e.textContent.slice(0, 20)} ${pair.join(' on ')}`)
+  }
+  return found
+}"""
+# thousands of coloured words make axe slow: their colours were judged above, so code and drawn formulas become plain for it
+PLAIN = """() => {
+  for (const e of document.querySelectorAll('pre, code')) e.textContent = e.textContent
+  for (const e of document.querySelectorAll('mjx-math')) e.replaceChildren()
+}"""
+AXE_RUN = """async (only) => (await axe.run(document, {preload: false, resultTypes: ['violations'], ...(only && {runOnly: [only]})})).violations
+  .filter(v => ['serious', 'critical'].includes(v.impact)).map(v => `axe, ${v.id} (${v.impact}), ${v.nodes.length} times: ${v.nodes[0].html.slice(0, 200)} ${v.nodes[0].failureSummary}`)"""
+
+
+def accessible(page, axe: str) -> list[str]:
+    "What keeps some readers out, in both colours; all but the contrast is the same in both."
+    found = []
+    for scheme in ("dark", "light"):
+        page.emulate_media(color_scheme=scheme)
+        found += page.evaluate(COLOURS, scheme)
+    page.evaluate(PLAIN)
+    page.evaluate(axe)
+    found += page.evaluate(AXE_RUN, None)
+    page.emulate_media(color_scheme="dark")
+    return found + [f"in the dark: {f}" for f in page.evaluate(AXE_RUN, "color-contrast")]
+
+
+def visit(context, address: str, axe: str | None = None) -> list[str]:
+    "All that is wrong with one page in one window: console, requests, layout, formulas, images, headings and, with axe, access for everyone."
+    page, found = context.new_page(), []
+    home = f"http://{urlsplit(address).netloc}/"
+    page.on("console", lambda m: m.type == "error" and found.append(f"console: {m.text}"))
+    page.on("pageerror", lambda e: found.append(f"script: {e}"))
+    page.on("request", lambda r: r.url.startswith((home, "data:", "blob:")) or found.append(f"a request to another host: {r.url}"))
+    page.on("requestfailed", lambda r: found.append(f"a request failed: {r.url}"))
+    page.on("response", lambda r: r.status >= 400 and found.append(f"{r.status}: {r.url}"))
+    page.goto(address)
+    found += page.evaluate(LOOK)
+    if axe: found += accessible(page, axe)
+    page.close()
+    return found
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("name", PAGES)
+def test_page(contexts, site, axe, name, window):
+    found = visit(contexts[window], f"{site}/{name}.html", axe if window == "wide" else None)
+    assert not found, "\n".join(found)
+
+
+# each check of a page, and a page that it has to flag: what is put into the body of a good one -> a piece of the sentence
+BAD = {
+    "too wide": ('<div style="width: 3000px">.</div>', "wider than the window"),
+    "too wide and clipped": ('<style>html, body { overflow-x: clip }</style><div style="width: 3000px">.</div>', "wider than the window"),
+    "console": ("<script>console.error('oh')</script>", "console: oh"),
+    "script": ("<script>throw new Error('oh')</script>", "script: oh"),
+    "missing file": ('<script src="nowhere.js"></script>', "404: "),
+    "another host": ('<script src="http://elsewhere.test/a.js"></script>', "another host: http://elsewhere.test"),
+    "raw formula": ('<p class="mathjax_ignore">So $$x$$ is</p>', "raw maths"),
+    "formula not rendered": ('<span class="math">x</span>', "not rendered"),
+    "wrong formula": (r'<span class="math">\(\frac{1}\)</span>', "a formula has an error"),
+    "unknown macro": (r'<span class="math">\(\nosuchmacro\)</span>', "a formula has an error"),
+    "missing image": ('<img src="nowhere.png" alt="A picture of nothing at all">', "did not load"),
+    "alternative text": ('<img src="_static/favicon.svg" alt="Figure: a chapter of the book">', "says nothing"),
+    "two titles": ("<h1>Again</h1>", "not exactly one title"),
+    "level left out": ("<h3>Below nothing</h3>", "a level of headings"),
+    "contrast": ('<p style="color: #bbb; background: #fff">pale</p>', "axe, color-contrast"),
+    "contrast of code": ('<pre><span style="color: #bbb">pale</span></pre>', "contrast of code"),
+    "contrast in the dark": ('<style>@media (prefers-color-scheme: dark) { p { color: #eee } }</style>', "in the dark: axe, color-contrast"),
+    "contrast of code in the dark": ('<style>@media (prefers-color-scheme: dark) { pre span { color: #eee !important } }</style>', "contrast of code, dark"),
+    "stays light": ("<script>document.documentElement.dataset.theme = 'light'</script>", "does not turn dark"),
+    "form": ("<input>", "axe, label"),
+}
+GOOD = r"""<!doctype html><html lang="en"><head><title>Good</title><script defer src="_static/mathjax/tex-chtml.js"></script></head><body><main><h1>Good</h1>
+<p>A formula: <span class="math">\(\frac{1}{2}\)</span></p><pre><span style="color: #555">code</span> $$</pre>
+<img src="_static/favicon.svg" alt="The sign of this book, large" width="60">%s</main></body></html>"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, site):
+    "A site of small pages: one that is good, and a bad one for each check."
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "_static").symlink_to(SITE / "_static")
+    for name, (body, _) in {"good": ("", ""), **BAD}.items(): (folder / f"{name}.html".replace(" ", "-")).write_text(GOOD % body)
+    (folder / "favicon.ico").write_bytes(b"")
+    with served(folder) as address: yield address
+
+
+def test_a_good_page_is_good(contexts, made, axe):
+    assert visit(contexts["wide"], f"{made}/good.html", axe) == []
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_page_checks_can_fail(contexts, made, axe, name):
+    found = visit(contexts["wide"], f"{made}/{name}.html".replace(" ", "-"), axe if name.startswith(("contrast", "form", "stays")) else None)
+    assert any(BAD[name][1] in f for f in found), found
+
+
+def find(context, address: str, words: str) -> list[str]:
+    "The pages that the search finds, typed as a reader would."
+    page = context.new_page()
+    page.goto(f"{address}/search.html")
+    field = page.locator("main input[type=search]:visible").first
+    field.fill(words)
+    field.press("Enter")
+    page.wait_for_function("/found|did not match/.test(document.querySelector('#search-results p.search-summary')?.textContent ?? '')")
+    page.wait_for_timeout(300)  # results are drawn one by one
+    found = [urlsplit(a).path[1:] for a in page.locator("#search-results li a").evaluate_all("links => links.map(a => a.href)")]
+    page.close()
+    return found
+
+
+def test_search(contexts, site):
+    assert "08_restore.html" in find(contexts["wide"], site, "qk_restore")
+    assert find(contexts["wide"], site, "zzzznothing") == []
+
+
+@pytest.fixture(scope="module")
+def surveyed(site): return survey(SITE)
+
+
+def test_links(surveyed):
+    assert not surveyed["wrong"], "\n".join(surveyed["wrong"])
+    assert surveyed["links"]["inside"] > 30 * len(PAGES)
+
+
+def test_link_check_can_fail(tmp_path):
+    good = ["#here", "b.html", "b.html#there", ".", "https://arxiv.org/abs/2606.11052", "mailto:a@b.org", f"{repository()}/blob/{settings()['branch']}/README.md"]
+    bad = ["#nowhere", "c.html", "b.html#here", "../x.html", "https://example.com/x", "http://localhost/", "https://nodot/", "https://a.org/b c", "javascript:0", "mailto:a",
+           f"{repository()}/blob/{settings()['branch']}/nowhere.md"]
+    (tmp_path / "index.html").write_text('<p id="here">' + "".join(f'<a href="{link}">x</a>' for link in good + bad) + '<img src="gone.png">')
+    (tmp_path / "b.html").write_text('<p id="there">')
+    found = survey(tmp_path)
+    assert [w.split(": ")[1] for w in found["wrong"]] == [*bad, "gone.png"]
+    assert found["pages"] == 2 and sum(found["links"].values()) == len(good + bad) + 1
+
+
+def too_large(found: dict, site_mb: float = 15, page_mb: float = 1.5) -> list[str]:
+    "The site as it lies on disk, and each page as its html with the images that it shows: what exceeds the limit."
+    large = [f"{n}: {s['with_images'] / 1e6:.2f} MB" for n, s in found["sizes"].items() if s["with_images"] > page_mb * 1e6]
+    return large + [f"site: {found['bytes'] / 1e6:.1f} MB"] * (found["bytes"] > site_mb * 1e6)
+
+
+def test_sizes(surveyed): assert too_large(surveyed) == []
+
+
+def test_size_check_can_fail(tmp_path):
+    (tmp_path / "index.html").write_text('<img src="a.png"><img src="a.png">')
+    (tmp_path / "a.png").write_bytes(bytes(1_400_000))
+    assert too_large(survey(tmp_path)) == []  # an image that is shown twice is loaded once
+    (tmp_path / "a.png").write_bytes(bytes(1_600_000))
+    assert too_large(survey(tmp_path), site_mb=1.5) == ["index.html: 1.60 MB", "site: 1.6 MB"]
+
+
+def without_launch(site: Path) -> list[str]:
+    "Notebooks that have no page, or whose page does not lead to exactly that notebook in Colab."
+    start = f"https://colab.research.google.com/github/{urlsplit(repository()).path[1:]}/blob/{settings()['branch']}/nbs/"
+    launches = lambda path: {link for link in Page(path).links if "colab.research" in link} if path.is_file() else None
+    return [n for n in NOTEBOOKS if launches(site / f"{n}.html") != {f"{start}{n}.ipynb"}]
+
+
+def test_every_notebook_has_its_page_and_launches(surveyed): assert without_launch(SITE) == []
+
+
+def test_launch_check_can_fail(tmp_path, site):
+    for path in SITE.glob("*.html"): shutil.copy(path, tmp_path)
+    assert without_launch(tmp_path) == []
+    (tmp_path / "00_core.html").write_text((tmp_path / "01_softmax_attention.html").read_text())
+    (tmp_path / "08_restore.html").unlink()
+    assert without_launch(tmp_path) == ["00_core", "08_restore"]
