@@ -15,6 +15,9 @@ import tempfile
 import time
 from math import sqrt
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING: from matplotlib.figure import Figure  # imported with matplotlib only where one is drawn
 
 from .checkpoints import CheckpointError
 from .core import colors, plot_style, provenance, wilson
@@ -201,7 +204,7 @@ def report(
 # %% ../nbs/13b_audit.ipynb #f1ee765c
 def figure(
     result: dict,
-):
+) -> "Figure":
     "Recall by length for pre, post and restored, and the drift of each projection by layer. A matplotlib Figure."
     import matplotlib.pyplot as plt
     import numpy as np

@@ -88,7 +88,7 @@ def restore(
     mergekit: Annotated[Optional[Path], typer.Option(help="Write the restore as a mergekit recipe into this file instead of doing it.")] = None,
     push: Annotated[Optional[str], typer.Option(help="Upload the result to this hub repository, owner/name, made private if it is new.")] = None,
     as_json: AsJson = False,
-):
+) -> None:
     """Put W_Q and W_K of the softmax layers back from PRE, keep the rest of POST, write OUT.
 
     Example: qkrestore restore base/ finetuned/ fixed/
@@ -96,7 +96,7 @@ def restore(
     import json
     from qkrestore_nb.hub import local_folder, mergekit_yaml, push_to_hub
     from qkrestore_nb.restore import plan_restore, qk_restore
-    choice = dict(layers=_layers(layers), projections=projections, heads=None if heads is None else _numbers(heads, "--heads"), include=include, mla=mla, tensors=tensors)
+    choice: dict = dict(layers=_layers(layers), projections=projections, heads=None if heads is None else _numbers(heads, "--heads"), include=include, mla=mla, tensors=tensors)
     if dry_run:
         jobs = plan_restore(local_folder(pre), local_folder(post), cast, **choice)
         rows, total = [{k: j[k] for k in ("name", "layer", "shape", "dtype", "bytes")} for j in jobs], sum(j["bytes"] for j in jobs)
@@ -137,7 +137,7 @@ def pro(
     per: Annotated[str, typer.Option(help="In input space: one projector a matrix, or a kv_head.")] = "matrix",
     device: Annotated[Optional[str], typer.Option(help="Where to solve, such as cuda. Default: the CPU.")] = None,
     as_json: AsJson = False,
-):
+) -> None:
     """Put W_K back from PRE and move W_Q towards PRE's routing as far as --lam asks (QK-Pro, chapter 09), write OUT.
 
     Example: qkrestore pro base/ finetuned/ balanced/ --lam 0.1
@@ -161,7 +161,7 @@ def inspect(
     mla: Mla = None,
     figure: Annotated[Optional[Path], typer.Option(help="Draw it into this file: png, svg or pdf.")] = None,
     as_json: AsJson = False,
-):
+) -> None:
     """Show the kinds of the layers of CKPT and the tensors that a restore would move; with OTHER, how far they moved.
 
     Example: qkrestore inspect finetuned/ base/
@@ -169,7 +169,7 @@ def inspect(
     import json
     from qkrestore_nb.hub import local_folder
     from qkrestore_nb.inspection import compare, figure as draw, inspect_checkpoint, strip
-    choice = dict(layers=_layers(layers), projections=projections, heads=None if heads is None else _numbers(heads, "--heads"), include=include, mla=mla)
+    choice: dict = dict(layers=_layers(layers), projections=projections, heads=None if heads is None else _numbers(heads, "--heads"), include=include, mla=mla)
     seen = compare(local_folder(other), local_folder(ckpt), **choice) if other else inspect_checkpoint(local_folder(ckpt), **choice)
     if figure: draw(seen, figure)
     if as_json: return typer.echo(json.dumps(seen))
@@ -189,7 +189,7 @@ def inspect(
 def verify(
     folder: Annotated[Path, typer.Argument(help="The result of a restore.")],
     as_json: AsJson = False,
-):
+) -> None:
     """Say from the files alone which restored tensors of FOLDER equal PRE's, which POST's. Exit code 1 unless all equal PRE's.
 
     Example: qkrestore verify fixed/
@@ -210,7 +210,7 @@ def verify(
 def undo(
     folder: Annotated[Path, typer.Argument(help="A checkpoint that was restored in place, or in which that was cut off.")],
     as_json: AsJson = False,
-):
+) -> None:
     """Take a restore in place back, to the last byte, also after a crash in the middle of it.
 
     Example: qkrestore undo finetuned/
@@ -225,7 +225,7 @@ def undo(
 def demo(
     out: Annotated[Optional[Path], typer.Option(help="Folder to make. Default: qkrestore-demo, or the next free name.")] = None,
     full: Annotated[bool, typer.Option("--full", help="Longer contexts and more samples: many minutes on a CPU.")] = False,
-):
+) -> None:
     """Restore the shipped pair of checkpoints and measure all three: under a minute on two CPU cores.
 
     Example: qkrestore demo --out here/
@@ -248,7 +248,7 @@ def experiment(
     model: Annotated[str, typer.Option(help="hypenet7m, or first7m, spread7m, late7m (where the softmax layers stand), softmax7m.")] = "hypenet7m",
     kinds: Annotated[str, typer.Option(help="Of fine-tuning: cot, direct, frozen, long, slow, lora; several with commas.")] = "cot",
     full: Annotated[bool, typer.Option("--full", help="Measure every rival of QK-Restore.")] = False,
-):
+) -> None:
     """Pre-train a small hybrid, fine-tune it on chains of thought, restore, measure.
 
     Several seeds on several GPUs: accelerate launch $(which qkrestore) experiment --seed 0-4
@@ -281,7 +281,7 @@ def needs(
     ckpt: Annotated[str, typer.Argument(help="Checkpoint: a folder or a hub id; only its config is read.")],
     tokens: Annotated[int, typer.Option(help="Of the longest text.")] = 131072,
     as_json: AsJson = False,
-):
+) -> None:
     """Say what reading a long text with CKPT takes, and what fine-tuning it takes, before anything is loaded.
 
     Example: qkrestore needs chen-yingfa/HypeNet-2B --tokens 262144
@@ -308,7 +308,7 @@ def finetune(
     rank: Annotated[int, typer.Option(help="Of a LoRA adapter on all linear layers; 0 trains all weights.")] = 0,
     every: Annotated[int, typer.Option(help="Steps between saved states.")] = 100,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
-):
+) -> None:
     """Fine-tune CKPT on conversations (chapter 13a).
 
     On several GPUs: accelerate launch --num_processes 2 $(which qkrestore) finetune ...
@@ -337,7 +337,7 @@ def audit(
     device: Annotated[Optional[str], typer.Option(help="Such as cuda. Default: a GPU where there is one.")] = None,
     seed: Annotated[int, typer.Option(help="Of the questions.")] = 0,
     as_json: AsJson = False,
-):
+) -> None:
     """Ask PRE, POST and the restored POST the same questions about things far back; say whether to restore (chapter 13b).
 
     Example: qkrestore audit base/ finetuned/ --lengths 4096,32768 --tasks gsm.jsonl --html audit.html
@@ -359,7 +359,7 @@ def audit(
 # %% ../nbs/14_cli.ipynb #c6109825
 def main(
     args: list[str] | None = None,  # the words after `qkrestore`; None: those of the command line
-):
+) -> None:
     "The entry point. Errors that the user can mend end with one sentence and exit code 2."
     try: app(args)
     except (CheckpointError, OSError) as e:

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -19,7 +20,7 @@ from .core import provenance
 # %% ../nbs/13a_finetune.ipynb #443e7a2f
 def read_chats(
     file: str | Path,  # json lines: {"messages": [{"role": ..., "content": ...}, ...]}, or {"prompt": ..., "completion": ...}
-):
+) -> Iterator[list[dict]]:
     "Conversations of a file, one after the other, as lists of messages. Raises CheckpointError with the number of a line that is broken."
     try: lines = open(file, encoding="utf-8")
     except OSError as e: raise CheckpointError(f"{file} cannot be read: {e.strerror}") from e
@@ -63,7 +64,7 @@ def packed_rows(
     chats,       # conversations, as `read_chats` gives them
     tokenizer,
     T: int,      # tokens a row
-):
+) -> Iterator[dict[str, list[int]]]:
     "Rows of several conversations: dicts of input_ids, labels (-100: no weight) and position_ids, which begin anew with each; lists of T."
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     row = dict(input_ids=[], labels=[], position_ids=[])
@@ -84,7 +85,7 @@ def packed_rows(
 def summed_loss(
     model,
     row: dict,  # of `packed_rows`
-):
+) -> tuple:
     "Cross-entropy summed over the tokens with weight, and how many there are; the mean is taken over all cards, later."
     import torch
     import torch.nn.functional as F
@@ -172,7 +173,8 @@ def finetune(
     """Fine-tune on conversations, on one card or under `accelerate launch` on many (weights sharded by FSDP2); returns out. What is interrupted
     goes on with the same call. Raises CheckpointError for bad data (with its line), settings that do not fit, or a folder that is taken."""
     import torch
-    from accelerate.utils import set_seed
+    try: from accelerate.utils import set_seed
+    except ImportError as e: raise CheckpointError('accelerate is missing: pip install "qkrestore_nb[train]"') from e
     from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_with_min_lr_schedule_with_warmup
     from qkrestore_nb.scale import _config
     kept = _config(checkpoint).dtype or torch.float32  # out has the format that pre has, so that one can be restored from the other

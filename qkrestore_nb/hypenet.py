@@ -150,7 +150,7 @@ class HypeNetMLP(nn.Module):
     def forward(self, x): return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 # %% ../nbs/03_hybrid.ipynb #d89f1d6f
-def eager_attention(module, q, k, v, attention_mask, scaling, dropout=0.0, **kwargs):
+def eager_attention(module, q, k, v, attention_mask, scaling, dropout=0.0, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
     "transformers' attention signature, (B, H, T, D) in and (B, T, H, D) out, over our explicit logits."
     e = attention_logits(q.transpose(1, 2), k.transpose(1, 2), scaling).float()
     if attention_mask is not None: e = e + attention_mask

@@ -20,7 +20,7 @@ def sentence(
     return f"One of the special magic {value} for {key} is: {answer}."
 
 # %% ../nbs/04a_prose.ipynb #3c7c22e5
-kinds = dict(  # lm-eval calls them niah_<name>: what the haystack is made of, what keys and values are, and how many
+kinds: dict[str, dict] = dict(  # lm-eval calls them niah_<name>: what the haystack is made of, what keys and values are, and how many
     single_1=dict(haystack="repeat", key="words", value="numbers"),
     single_2=dict(haystack="essay", key="words", value="numbers"),
     single_3=dict(haystack="essay", key="words", value="uuids"),
@@ -150,7 +150,7 @@ def count_tokens(
 
 def check_tokenizer(
     tokenizer,
-):
+) -> None:
     "ValueError for a tokenizer that cannot spell needles: what it encodes must decode to the same digits and letters."
     needle = sentence("uuids", "early-quiet-lantern", "4628193 0f3b9c1e-77aa-4d2b-8c5e-9d1f2a3b4c5d")
     said = tokenizer.decode(tokenizer(needle, add_special_tokens=False)["input_ids"], skip_special_tokens=True)

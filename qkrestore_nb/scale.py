@@ -7,6 +7,7 @@ __all__ = ['needs', 'room_gb', 'load', 'bookmark', 'rewind', 'compiled_step', 'a
 import json
 import os
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def load(
     T: int = 4096,           # tokens of the longest text that it shall read
     device: str | None = None,  # None: cuda where there is one
     dtype=None,              # None: bfloat16 on a GPU, float32 on a CPU
-):
+) -> tuple:
     "Model and tokenizer, ready to be asked. Raises CheckpointError where memory is too small, with what fits, or where the checkpoint cannot be loaded."
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -122,7 +123,7 @@ def _put_back(now, kept):
 def rewind(
     cache,
     mark: list[dict],  # from `bookmark`
-):
+) -> None:
     "Set the cache back to it."
     for layer, kept in zip(cache.layers, mark):
         for k, v in kept.items(): setattr(layer, k, v if k in ("keys", "values") else _put_back(getattr(layer, k), v))
@@ -130,7 +131,7 @@ def rewind(
 # %% ../nbs/13_hypenet_at_scale.ipynb #d5a17733
 def compiled_step(
     model,  # on a GPU, of HypeNet's family
-):
+) -> Callable:
     "The model's forward as one captured program for a single token, to be used with a static cache."
     import torch
     return torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
@@ -226,7 +227,7 @@ def lm_eval_scores(
     except ImportError as e: raise CheckpointError(f'{e.name} is missing: pip install "qkrestore_nb[eval]"') from e
     from qkrestore_nb.prose import sentences
     given, own = prepare_niah.get_haystack, lambda type_haystack: list(essay) if type_haystack == "essay" else given(type_haystack=type_haystack)
-    local = {} if essay is None else dict(get_haystack=own, cached_sent_tokenize=sentences)
+    local: dict = {} if essay is None else dict(get_haystack=own, cached_sent_tokenize=sentences)
     model.generation_config.prefill_chunk_size = chunk
     with tempfile.TemporaryDirectory() as folder, patch.multiple(prepare_niah, **local) if local else nullcontext():
         tokenizer.save_pretrained(folder)  # RULER's tasks load it themselves, to count
