@@ -20,6 +20,7 @@ myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the committed outputs are what was run
 nb_merge_streams = True
+nb_render_markdown_format = "gfm"  # tables that a cell makes
 nb_code_prompt_show, nb_code_prompt_hide = "Show the code", "Hide the code"
 autodoc_typehints = "none"  # types stand in the list of parameters, where a phone has room for them
 autodoc_inherit_docstrings = False

@@ -72,6 +72,15 @@ def link_symbols(text: str, names: dict[str, list[str]], module: str | None) -> 
     return outside_fences(text, lambda t: "\n".join(map(line, t.split("\n"))))
 
 
+def marked(text: str) -> str:
+    "Paragraphs that begin with **Quoted.**, **Measured.** or **Open.** in a frame of their kind; notes on the paper into the margin."
+    def one(paragraph):
+        if m := re.match(r"\*\*(Quoted|Measured|Open)\.\*\* ", paragraph): return f"```{{div}} mark {m[1].lower()}\n{paragraph}\n```"
+        if m := re.match(r"> \*\*In the paper\.\*\* (.*)", paragraph): return f"```{{margin}} In the paper\n{m[1]}\n```"
+        return paragraph
+    return outside_fences(text, lambda t: "\n\n".join(map(one, t.split("\n\n"))))
+
+
 def entries(module: str, names: list[str], nb_source: str) -> str:
     kinds = {n.name: "autoclass" if isinstance(n, ast.ClassDef) else "autofunction" for n in ast.parse(nb_source).body if hasattr(n, "name")}
     return "```{eval-rst}\n" + "\n".join(f".. {kinds[n]}:: {module}.{n}" for n in names) + "\n```"
@@ -98,7 +107,7 @@ def page(nb, names: dict[str, list[str]], blob: str):
         if cell.cell_type == "code": cells += code_cell(cell, module, heading)
         elif cell.cell_type == "markdown":
             heading = (re.findall(r"^#+ +(.+)$", FENCE.sub("", cell.source), flags=re.M) or [heading])[-1]
-            cell.source = relink(link_symbols(cell.source, names, module), lambda t: blob + t[3:] if t.startswith("../") else t)
+            cell.source = relink(marked(link_symbols(cell.source, names, module)), lambda t: blob + t[3:] if t.startswith("../") else t)
             cells.append(cell)
     nb.cells, nb.metadata["language_info"] = cells, {"name": "python", "pygments_lexer": "ipython3"}
     return nb
