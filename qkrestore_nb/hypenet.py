@@ -60,6 +60,7 @@ class HypeNetConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     attn_use_rope: bool = True                     # published: False (NoPE)
     attn_use_output_gate: bool = False             # published: True
+    attn_use_qk_norm: bool = True                  # ours: False for hybrids made of models without such norms (chapter 12)
     attn_logits_scaling: str | float | int | None = None  # "hype 500": q times ln(t + 500) / ln(500); a number: q times it
     lightning_nh: int | None = None                # heads of the lightning layers; None: as the softmax layers
     lightning_nkv: int | None = None
@@ -169,7 +170,7 @@ class HypeNetAttention(nn.Module):
         self.D, self.num_key_value_groups = D, H // n_kv
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(d, h * D, bias) for h in (H, n_kv, n_kv))
         self.o_proj = nn.Linear(H * D, d, bias)
-        self.q_norm, self.k_norm = (HypeNetRMSNorm(D, config.rms_norm_eps) for _ in "qk")
+        if config.attn_use_qk_norm: self.q_norm, self.k_norm = (HypeNetRMSNorm(D, config.rms_norm_eps) for _ in "qk")
         if config.attn_use_output_gate: self.o_gate = nn.Linear(d, H * D, False)
 
     def scale_queries(self, q, position_ids):
@@ -193,7 +194,8 @@ class HypeNetAttention(nn.Module):
     def project(self, x, rope, position_ids):
         "From x (B, T, d) to q, k, v, each (B, heads, T, D)."
         split = lambda y: y.unflatten(-1, (-1, self.D))
-        q, k, v = self.q_norm(split(self.q_proj(x))), self.k_norm(split(self.k_proj(x))), split(self.v_proj(x))
+        q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
+        if self.config.attn_use_qk_norm: q, k = self.q_norm(q), self.k_norm(k)
         if self.config.attn_use_rope: q, k = rotate(q, *rope), rotate(k, *rope)
         return self.scale_queries(q, position_ids).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 

@@ -166,6 +166,7 @@ def train(
     label: str = "training",
     look: Callable | None = None,  # look(step, model), called every `every` steps: a probe during training
     rate: Callable = lambda name: 1.,  # parameter name -> factor on lr; 0 freezes it
+    loss: Callable = weighted_loss,    # (model, ids, weights) -> what is made small
 ) -> list[dict]:
     "Train with AdamW and a cosine to 10%; returns the log: step, loss, tokens_per_s. Interrupted runs resume with the same batches."
     device, groups = next(model.parameters()).device, {}
@@ -191,16 +192,16 @@ def train(
     bar, seen, then = tqdm(batches, desc=label, total=steps, initial=start, mininterval=1.), 0, time.perf_counter()
     for step, (ids, weights) in enumerate(bar, start + 1):
         ids, weights = ids.to(device, non_blocking=True), weights.to(device, non_blocking=True)
-        with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"): loss = weighted_loss(model, ids, weights)
-        scaler.scale(loss).backward()
+        with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"): value = loss(model, ids, weights)
+        scaler.scale(value).backward()
         scaler.unscale_(opt)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         scaler.step(opt), scaler.update(), schedule.step(), opt.zero_grad(set_to_none=True)
         seen += ids.numel()
         if step % 20 == 0 or step == steps:
             now = time.perf_counter()
-            log.append(dict(step=step, loss=loss.item(), tokens_per_s=round(seen / (now - then))))
-            bar.set_postfix(loss=f"{loss.item():.3f}", tokens_per_s=f"{log[-1]['tokens_per_s']:,}")
+            log.append(dict(step=step, loss=value.item(), tokens_per_s=round(seen / (now - then))))
+            bar.set_postfix(loss=f"{value.item():.3f}", tokens_per_s=f"{log[-1]['tokens_per_s']:,}")
             seen, then = 0, now
         if step % every == 0 or step == steps:
             if file: _save(file, model=model.state_dict(), opt=opt.state_dict(), schedule=schedule.state_dict(), scaler=scaler.state_dict(), step=step, log=log)

@@ -55,7 +55,7 @@ def test_metadata(built):
     meta = email.message_from_string(read("METADATA"))
     assert meta["Name"] == "qkrestore_nb" and meta["License-Expression"] == "Apache-2.0" and read("licenses/LICENSE") == (ROOT / "LICENSE").read_text()
     assert meta["Requires-Python"] == PROJECT["requires-python"] and meta.get_payload().strip() == (ROOT / "README.md").read_text().strip()
-    assert set(meta.get_all("Provides-Extra")) == PROJECT["optional-dependencies"].keys() == {"gpu", "train", "eval", "dev"}
+    assert set(meta.get_all("Provides-Extra")) == PROJECT["optional-dependencies"].keys() == {"gpu", "train", "eval", "real", "dev"}
     assert "qkrestore = qkrestore_nb.cli:main" in read("entry_points.txt")
 
 
