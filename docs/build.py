@@ -1,7 +1,6 @@
 "Build the site into docs/site: `python docs/build.py`. Warnings are errors."
 import re
 import shutil
-import struct
 import subprocess
 import sys
 import tarfile
@@ -42,13 +41,13 @@ def lighten(site: Path) -> None:
     for path in (*site.rglob("*.map"), site / "_static" / "scripts" / "fontawesome.js"): path.unlink()  # the icons come from its fonts, too: a tenth of the size
     def sized(m):
         if " width=" in m[0]: return m[0]
-        width, height = struct.unpack(">II", (site / m[1]).read_bytes()[16:24])  # where a PNG has them
-        return f'{m[0]} width="{width}" height="{height}"'
+        points = re.search(rb'<svg [^>]*?width="([\d.]+)pt" height="([\d.]+)pt"', (site / m[1]).read_bytes())
+        return f'{m[0]} width="{round(float(points[1]) * 4 / 3)}" height="{round(float(points[2]) * 4 / 3)}"' if points else m[0]
     for path in site.glob("*.html"):
         text = re.sub(r"\s*<script [^>]*fontawesome\.js[^>]*></script>", "", path.read_text())
         text = re.sub(rf'<script (?=src="(?:_static/)?(?:{LATER})\.js)', "<script defer ", text)
         text = text.replace("</strong> -- ", "</strong>: ")  # in lists of parameters: a dash only where Sphinx may set all dashes
-        path.write_text(re.sub(r'<img [^>]*src="(_images/[^"]+\.png)"[^>/]*', sized, text))
+        path.write_text(re.sub(r'<img [^>]*src="(_images/[^"]+\.svg)"[^>/]*', sized, text))
 
 
 def main() -> int:

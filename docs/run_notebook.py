@@ -2,6 +2,7 @@
 
 Outputs are committed, so that the docs and the README show what was run. Progress bars and warnings (stderr) are dropped,
 after they were printed here for whoever runs this."""
+import os
 import sys
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from nbdev.clean import nbdev_clean
 
 def run(path: Path) -> None:
     nb = nbformat.read(path, 4)
-    NotebookClient(nb, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
+    os.environ["SOURCE_DATE_EPOCH"] = "0"  # a figure that is drawn again has the same bytes
+    NotebookClient(nb, timeout=600, resources={"metadata": {"path": str(path.parent)}}, extra_arguments=["--InlineBackend.figure_formats={'svg'}"]).execute()
     for cell in nb.cells:
         for o in cell.get("outputs", []):
             if o.output_type == "stream" and o.name == "stderr": print(f"{path.name}: {o.text.strip()}", file=sys.stderr)
