@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import time
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -76,14 +76,15 @@ def layers(run):
     return dict(rows=rows)
 
 
+@cache
+def tasks() -> list[dict]: return distill.word_problems(RECIPE["tasks"], seed=1, held_out=True)
+
+
 def asked(run, model):
     "Recall and word problems of held-out kinds, in bfloat16 where there is a GPU that has it."
     model = model.to(getattr(torch, MACHINE.dtype)).eval()
-    tasks = distill.word_problems(RECIPE["tasks"], seed=1, held_out=True)
-    with torch.no_grad():
-        scores = {f"{kind}": cells for kind, cells in recall(model, run.tokenizer, RECIPE["recall"]).items()}
-        ok = sum(c for c, _ in solve(model, run.tokenizer, tasks, 16 if TINY else 320, 64))
-    return scores | dict(problems={"held out": dict(correct=ok, n=len(tasks))})
+    ok = sum(c for c, _ in solve(model, run.tokenizer, tasks(), 16 if TINY else 320, 64))
+    return recall(model, run.tokenizer, RECIPE["recall"]) | dict(problems={"held out": dict(correct=ok, n=len(tasks()))})
 
 
 def texts(run):
@@ -165,7 +166,9 @@ def repair(run, base, kind, seed, names):
 
 def softened(run):
     "The unconverted model in our classes, so that the same functions work on it."
-    if not (run.runs / "soft").exists(): run.save(distill.convert(run.teacher(), range(run.teacher().config.num_hidden_layers)), "soft")
+    if (run.runs / "soft").exists(): return
+    teacher = run.teacher()
+    run.save(distill.convert(teacher, range(teacher.config.num_hidden_layers)), "soft")
 
 
 def stages() -> dict:

@@ -21,6 +21,7 @@ if TYPE_CHECKING: from matplotlib.figure import Figure  # imported with matplotl
 
 from .checkpoints import CheckpointError
 from .core import colors, plot_style, provenance, wilson
+from .finetune import json_lines
 
 # %% ../nbs/13b_audit.ipynb #f5af833e
 def paired(
@@ -79,14 +80,9 @@ def read_tasks(
     file: str | Path,  # json lines with prompt and answer
 ) -> list[dict]:
     "The tasks of a file. Raises CheckpointError with the number of a line that is broken."
-    try: lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except OSError as e: raise CheckpointError(f"{file} cannot be read: {e.strerror}") from e
     tasks = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip(): continue
-        try: row = json.loads(line)
-        except ValueError as e: raise CheckpointError(f"{file}, line {number} is not JSON ({e}): mend or remove it") from e
-        if not (isinstance(row, dict) and isinstance(row.get("prompt"), str) and "answer" in row): raise CheckpointError(f'{file}, line {number} needs "prompt" and "answer"')
+    for where, row in json_lines(file):
+        if not (isinstance(row, dict) and isinstance(row.get("prompt"), str) and "answer" in row): raise CheckpointError(f'{where} needs "prompt" and "answer"')
         tasks.append(dict(prompt=row["prompt"], answer=str(row["answer"])))
     if not tasks: raise CheckpointError(f"{file} holds no task")
     return tasks
@@ -117,10 +113,10 @@ def solve(
     "[1 or 0, 1] for each task: greedy decoding, through the chat template where the tokenizer has one."
     import torch
     from transformers import GenerationConfig
+    from qkrestore_nb.scale import _ends
     def text(t): return tokenizer.apply_chat_template([dict(role="user", content=t["prompt"])], add_generation_prompt=True, tokenize=False) if tokenizer.chat_template else t["prompt"]
     pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-    ends = model.generation_config.eos_token_id if model.generation_config.eos_token_id is not None else tokenizer.eos_token_id
-    how, out = GenerationConfig(do_sample=False, max_new_tokens=room, pad_token_id=pad, eos_token_id=ends), []
+    how, out = GenerationConfig(do_sample=False, max_new_tokens=room, pad_token_id=pad, eos_token_id=_ends(model, tokenizer)), []
     for i in range(0, len(tasks), rows):
         ids = [tokenizer(text(t), add_special_tokens=not tokenizer.chat_template)["input_ids"] for t in tasks[i:i + rows]]
         T = max(map(len, ids))

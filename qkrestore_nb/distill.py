@@ -245,12 +245,12 @@ def answer_rows(
     seed: int = 0,
 ) -> list[tuple[list[int], int]]:
     "Needle prompts in prose with their answers: ids, and how many tokens the answer has."
-    from qkrestore_nb.prose import prose_test
+    from qkrestore_nb.prose import prompt, prose_test
     out = []
     for hay in prose_test(kind, tokenizer, T, n, seed=seed, room=64):
         q = hay["questions"][0]
-        prompt, whole = (tokenizer(hay["context"] + q["question"] + " " + q["prefix"] + more)["input_ids"] for more in ("", " " + q["answers"][0] + "."))
-        out.append((whole, len(whole) - len(prompt)))
+        asked, whole = (tokenizer(prompt(hay, q) + more)["input_ids"] for more in ("", " " + q["answers"][0] + "."))
+        out.append((whole, len(whole) - len(asked)))
     return out
 
 
@@ -259,7 +259,7 @@ def text_batch(
     stream: torch.Tensor,   # (N,) ids of all texts, one after the other
     T: int,
     rows: int,
-    needles: Sequence = (),  # of `answer_rows`: a quarter of the rows begins with one, where there are some
+    needles: Sequence = (),  # of `answer_rows`: a quarter of the rows ends with one, where there are some
     seed: int = 0,
     weight: float = 20.,    # of a token of an answer
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,6 @@
 __all__ = ['needs', 'room_gb', 'load', 'bookmark', 'rewind', 'compiled_step', 'ask', 'recall', 'lm_eval_scores']
 
 # %% ../nbs/13_hypenet_at_scale.ipynb #641e449f
-import json
 import os
 import warnings
 from collections.abc import Callable
@@ -12,9 +11,8 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from .checkpoints import CheckpointError, read_config
-from .core import provenance
 from .families import layer_kinds, text_config
-from .prose import haystack, kinds, prose_test, score
+from .prose import prompt, prose_test, score
 
 # %% ../nbs/13_hypenet_at_scale.ipynb #cb66add7
 def _config(checkpoint):
@@ -78,7 +76,8 @@ def load(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
-    config, n, free = _config(checkpoint), needs(checkpoint, T), room_gb(device)
+    config, free = _config(checkpoint), room_gb(device)
+    n = needs(config, T)
     factor = torch.finfo(dtype).bits / 16
     if factor * n["total_gb"] > free:
         left, kv = free / factor - n["weights_gb"] - n["states_gb"], n["kv_gb"] / T
@@ -137,6 +136,11 @@ def compiled_step(
     return torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
 
 
+def _ends(model, tokenizer) -> int | list[int] | None:
+    "The tokens that end a text: the model's, or else the tokenizer's."
+    return model.generation_config.eos_token_id if model.generation_config.eos_token_id is not None else tokenizer.eos_token_id
+
+
 def _static(model) -> bool: return model.config.model_type in ("hypenet", "hybrid")
 
 
@@ -163,20 +167,20 @@ def ask(
     import torch
     from transformers import DynamicCache, StaticCache
     from qkrestore_nb.hypenet import prefill
-    prompts = [tokenizer(hay["context"] + q["question"] + " " + q["prefix"])["input_ids"] for q in hay["questions"]]
+    prompts = [tokenizer(prompt(hay, q))["input_ids"] for q in hay["questions"]]
     shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
     # a static cache never copies what it holds; other families may have layers that it does not know
     if cache is not None: cache.reset()
     elif _static(model): cache = StaticCache(config=model.config, max_cache_len=max(map(len, prompts)) + room)
     else: cache = DynamicCache(config=model.config)
-    ends = model.generation_config.eos_token_id if model.generation_config.eos_token_id is not None else tokenizer.eos_token_id
-    ends = {ends} if isinstance(ends, int) else set(ends or [])
+    stop = _ends(model, tokenizer)
+    ends = {stop} if isinstance(stop, int) else set(stop or [])
     with torch.no_grad():
         prefill(model, torch.tensor([prompts[0][:shared]], device=model.device), chunk, cache)
         mark, said = bookmark(cache), []
-        for prompt in prompts:
+        for ids in prompts:
             rewind(cache, mark)
-            said.append(tokenizer.decode(_greedy(model, torch.tensor([prompt[shared:]], device=model.device), cache, room, ends, step)))
+            said.append(tokenizer.decode(_greedy(model, torch.tensor([ids[shared:]], device=model.device), cache, room, ends, step)))
     return said
 
 # %% ../nbs/13_hypenet_at_scale.ipynb #98f29ab4

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import random
 import stat
 from pathlib import Path
 
@@ -216,3 +217,49 @@ def bad(request, tmp_path):
     "A wrong call: its paths as a dict, and a piece of the sentence that must come back."
     build, sentence = BAD[request.param]
     return build(tmp_path), sentence
+
+
+# ---- a tiny hybrid that runs, its tokenizer, and something to learn
+
+def small_tokenizer(size: int = 1000):
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+    from qkrestore_nb.prose import local_text
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator([" ".join(local_text()[:20000])], vocab_size=size, special_tokens=["<|end|>", "<|user|>", "<|assistant|>"], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    return tokenizer
+
+
+def write_sums(file: Path, n: int = 200):
+    rng = random.Random(0)
+    with open(file, "w") as f:
+        for _ in range(n):
+            a, b = rng.randint(1, 50), rng.randint(1, 50)
+            f.write(json.dumps(dict(prompt=f"{a} and {b}?", completion=f"{a} + {b} = {a + b}. " * rng.randint(1, 3))) + "\n")
+
+
+def small_hybrid():
+    "Four layers, two of them softmax layers, 1,000 pieces of English, the head tied to the embedding, weights large enough that it says different things."
+    from transformers import set_seed
+    from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM
+    set_seed(0)
+    return HypeNetForCausalLM(HypeNetConfig.preset("2B", vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+                                                   lightning_nh=2, lightning_nkv=2, lightning_head_dim=32, mixer_types=["lightning-attn", "attn"] * 2, initializer_range=.2)).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(): return small_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model(): return small_hybrid()
+
+
+@pytest.fixture
+def folder(model, tokenizer, tmp_path):
+    "The tiny hybrid as a checkpoint."
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"

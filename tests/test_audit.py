@@ -10,7 +10,6 @@ from qkrestore_nb import audit as a
 from qkrestore_nb.checkpoints import CheckpointError
 from qkrestore_nb.experiment import pair
 from test_cli import call
-from test_scale import folder, model, tokenizer  # fixtures: a tiny hybrid that speaks 1,000 pieces of English  # noqa: F401
 
 
 def test_paired_differences():
@@ -31,7 +30,7 @@ RULES = [  # damage, regained, reasoning -> what the rule says
 @pytest.mark.parametrize("damage, regained, reasoning, wanted", RULES)
 def test_the_rule(damage, regained, reasoning, wanted):
     what, why = a.verdict(damage, regained, reasoning)
-    assert what == wanted and f"{damage[0]:+.0f} points" in why or f"{regained[0]:+.0f} points" in why
+    assert what == wanted and (f"{damage[0]:+.0f} points" in why or f"{regained[0]:+.0f} points" in why)
 
 
 def test_answers():
@@ -41,7 +40,7 @@ def test_answers():
 
 
 @pytest.fixture
-def post(folder, tmp_path):  # noqa: F811
+def post(folder, tmp_path):
     "A post beside the fixture's pre: a little more of every weight."
     from safetensors.torch import load_file, save_file
     import shutil
@@ -96,7 +95,7 @@ def test_the_page_stands_alone(result, tmp_path):
     assert "<script>" not in a.page(evil, tmp_path / "evil.html").read_text()
 
 
-def test_prose_is_asked_of_a_model_that_reads_it(folder, post, tmp_path, capsys):  # noqa: F811
+def test_prose_is_asked_of_a_model_that_reads_it(folder, post, tmp_path, capsys):
     "On the command line: neither knows anything, so there is no damage, and it says so."
     assert call("audit", folder, post, "--lengths", "1024", "--haystacks", "1", "--device", "cpu", "--json") == 0
     got = json.loads(capsys.readouterr().out)
@@ -104,7 +103,7 @@ def test_prose_is_asked_of_a_model_that_reads_it(folder, post, tmp_path, capsys)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "post"]
 
 
-def test_bad_input(folder, post, tmp_path, capsys):  # noqa: F811
+def test_bad_input(folder, post, tmp_path, capsys):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     for name, text in (("broken", '{"prompt": "x", "answer": 1}\n{'), ("half", '{"prompt": "x"}'), ("empty", "\n")): (tmp_path / name).write_text(text)

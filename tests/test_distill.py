@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Qwen2Config, Qwen3Config, set_seed
 
+from conftest import small_tokenizer
 from qkrestore_nb import distill as d
 from qkrestore_nb.checkpoints import CheckpointError
-from test_finetune import small_tokenizer
 
 ROOT = Path(__file__).parent.parent
 SMALL = dict(vocab_size=1000, hidden_size=96, intermediate_size=128, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, head_dim=16, initializer_range=.2, bos_token_id=0, eos_token_id=0)

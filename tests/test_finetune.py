@@ -1,6 +1,5 @@
 "Fine-tuning on conversations: one process and several, sharded and not, stopped and gone on with, against TRL, and with bad input."
 import json
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import small_hybrid, small_tokenizer, write_sums
 from qkrestore_nb import finetune as ft
 from qkrestore_nb.checkpoints import CheckpointError
 from qkrestore_nb.cli import main
@@ -15,34 +15,11 @@ from qkrestore_nb.cli import main
 SETTINGS = dict(steps=6, T=128, rows=4, lr=3e-3, every=2)
 
 
-def small_tokenizer(size: int = 1000):
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import PreTrainedTokenizerFast
-    from qkrestore_nb.prose import local_text
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([" ".join(local_text()[:20000])], vocab_size=size, special_tokens=["<|end|>", "<|user|>", "<|assistant|>"], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
-    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    return tokenizer
-
-
-def write_sums(file: Path, n: int = 200):
-    rng = random.Random(0)
-    with open(file, "w") as f:
-        for _ in range(n):
-            a, b = rng.randint(1, 50), rng.randint(1, 50)
-            f.write(json.dumps(dict(prompt=f"{a} and {b}?", completion=f"{a} + {b} = {a + b}. " * rng.randint(1, 3))) + "\n")
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     "A folder with pre/ (a tiny hybrid, its head tied to the embedding), sums.jsonl, and post/ of an undisturbed run in one process."
-    from transformers import set_seed
-    from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM
     folder = tmp_path_factory.mktemp("finetune")
-    set_seed(0)
-    HypeNetForCausalLM(HypeNetConfig.preset("2B", vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
-                                            lightning_nh=2, lightning_nkv=2, lightning_head_dim=32, mixer_types=["lightning-attn", "attn"] * 2, initializer_range=.2)).save_pretrained(folder / "pre")
+    small_hybrid().save_pretrained(folder / "pre")
     small_tokenizer().save_pretrained(folder / "pre")
     write_sums(folder / "sums.jsonl")
     ft.finetune(folder / "pre", folder / "sums.jsonl", folder / "post", **SETTINGS)

@@ -7,15 +7,6 @@ from qkrestore_nb.prose import check_tokenizer, count_tokens, haystack, kinds, l
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import PreTrainedTokenizerFast
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([" ".join(local_text()[:30000])], vocab_size=2000, show_progress=False)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
-
-
-@pytest.fixture(scope="module")
 def ruler():
     "lm-eval's generator of needles. It asks for a download when it is imported, in vain."
     nltk = pytest.importorskip("nltk")

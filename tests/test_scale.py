@@ -6,33 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import write_sums
 from qkrestore_nb import scale
 from qkrestore_nb.checkpoints import CheckpointError
 from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM, prefill
 from qkrestore_nb.prose import prose_test
 from test_cli import call
-from test_finetune import small_tokenizer, write_sums
 
 RESULTS = Path(__file__).parent.parent / "results" / "scale"
-SMALL = dict(vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
-             lightning_nh=2, lightning_nkv=2, lightning_head_dim=32, mixer_types=["lightning-attn", "attn"] * 2, initializer_range=.2)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(): return small_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model():
-    from transformers import set_seed
-    set_seed(0)
-    return HypeNetForCausalLM(HypeNetConfig.preset("2B", **SMALL)).eval()
-
-
-@pytest.fixture
-def folder(model, tokenizer, tmp_path):
-    model.save_pretrained(tmp_path / "model"), tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
 
 
 @pytest.mark.parametrize("size, parameters", [("2B", 1.926e9), ("5B", 4.825e9), ("9B", 8.852e9)])
