@@ -1,13 +1,17 @@
-"""A real language model made a hybrid, fine-tuned, and repaired, stage by stage: `python benchmarks/real_model.py RUNS OUT [--minutes M] [stage ...]`.
+"""A real language model made a hybrid, fine-tuned, and repaired, stage by stage: `python benchmarks/real_model.py RUNS OUT [--minutes M] [--profile P] [--hybrid FOLDER] [stage ...]`.
 
-Stages, in order: layers (which softmax layers stay), teacher (its recall), texts (drawn from it), align, distil, long (distilling on longer
-texts), hybrid (its recall), then for each seed sft-N, repair-N (every variant), chat-N (the control without chains), lora-N (with an
-adapter) and soft-N (the unconverted model). A stage that is done is passed over; one that is interrupted goes on where its last save was. RUNS holds weights
-and texts, OUT gets one json a stage. TINY=1 in the environment runs everything with a model of random weights, to see that the path works; CPU=1
-shortens the stages up to align to what two cores do in half an hour."""
+Stages, in order: questions (what every model is asked), layers (which softmax layers stay), teacher (its recall and word problems), texts-N (drawn
+from it), align, distil, long (distilling on longer texts), hybrid (its recall), range (how far gradients of chains and of chat reach), soft (the
+unconverted model in our classes), then for each seed sft-N, repair-N (every variant), chat-N (the control without chains), lora-N (with an adapter)
+and soft-N (the softmax control). A stage that is done is passed over; one that is interrupted goes on where its last save was; stages that do not
+wait for each other may run side by side in processes of their own. RUNS holds weights and texts, OUT gets one json a stage.
+
+Profiles: gpu (an H100: about an hour), colab (a T4: fine-tunes and repairs a hybrid that --hybrid names, once), cpu (up to align in half an hour on
+two cores), tiny (random weights, to see that the path works)."""
 import argparse
 import json
 import os
+import random
 import re
 import shutil
 import time
@@ -20,37 +24,47 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qkrestore_nb import distill
 from qkrestore_nb.audit import solve
 from qkrestore_nb.core import pick_profile, provenance
-from qkrestore_nb.finetune import finetune
+from qkrestore_nb.diagnostics import gradient_range
+from qkrestore_nb.finetune import encode_chat, finetune
 from qkrestore_nb.prose import local_text
-from qkrestore_nb.scale import recall
 from qkrestore_nb.variants import variant
 
-TINY, CPU = bool(os.environ.get("TINY")), bool(os.environ.get("CPU"))
-MACHINE = pick_profile()
-RECIPE = dict(keep=8, window=64, texts=4, answers=16, T=512, sampled=20000, sample_T=512, align=dict(steps=1500, lr=1e-3), distil=dict(steps=6000, lr=4e-4), long=dict(steps=800, lr=1e-4, T=4096), tokens=32768,
-              recall={kind: [(T, n, q) for T, n in ((512, 64), (1024, 64), (2048, 64), (4096, 32), (8192, 16))] for kind, q in (("single_1", 1), ("single_2", 1), ("single_3", 1), ("multikey_1", 4))},
-              problems=16000, tasks=256, sft=dict(steps=400, T=2048, rows=16, lr=2e-4), seeds=3,
-              variants=["pre", "post", "restored", "q", "k", "v", "o", "vo", "qk of linear layers", "qk of all layers", "first linear mixer", "all mixers", "MLPs", "interpolated 0.9", "interpolated 0.75", "LiNeS 0.8",
-                        "pro input 0.1", "pro input 1", "pro head 0.1", "pro head 1", "drift alone", "noise"])
-if TINY: RECIPE |= dict(keep=1, window=8, texts=2, answers=2, T=800, sampled=8, sample_T=64, align=dict(steps=3, lr=1e-3), distil=dict(steps=3, lr=4e-4), long=dict(steps=2, lr=1e-4, T=900), tokens=1800, recall=dict(single_2=[(600, 1, 1)]),
-                        problems=40, tasks=4, sft=dict(steps=2, T=256, rows=2, lr=2e-4), seeds=1, variants=["pre", "post", "restored"])
-
-if CPU: RECIPE |= dict(sampled=64, sample_T=256, align=dict(steps=80, lr=1e-3, warmup=8), tokens=2048, long=RECIPE["long"] | dict(T=1024), recall=dict(single_2=[(512, 16, 1)]))
+GPU = dict(keep=8, layers=dict(T=512, window=64, texts=16, answers=128), texts=dict(files=3, n=8192, T=512, rows=2048), needles={512: 200, 1024: 200, 2048: 200, 4096: 100, 8192: 100},
+           tokens=32768, align=dict(T=512, steps=300, lr=1e-3, warmup=20), distil=dict(T=2048, steps=1800, lr=5e-4, warmup=50), long=dict(T=8192, steps=250, lr=1e-4, warmup=10),
+           recall={512: 64, 1024: 64, 2048: 64, 4096: 32, 8192: 32}, problems=20000, tasks=128, room=272, sft=dict(steps=300, T=8192, rows=2, lr=3e-4), seeds=3,
+           variants=["pre", "post", "restored", "vo", "q", "k", "v", "o", "qk of linear layers", "qk of all layers", "first linear mixer", "all mixers", "MLPs", "interpolated 0.9", "interpolated 0.75",
+                     "LiNeS 0.8", "pro input 0.1", "pro input 1", "pro head 0.1", "pro head 1", "drift alone", "noise"], few=["pre", "post", "restored", "vo", "interpolated 0.9"])
+RECIPES = dict(gpu=GPU, colab=GPU | dict(recall={512: 32, 2048: 32}, tasks=64, sft=dict(steps=150, T=2048, rows=8, lr=3e-4), seeds=1, variants=GPU["few"]),
+               cpu=GPU | dict(texts=dict(files=1, n=64, T=256, rows=64), tokens=2048, align=GPU["align"] | dict(steps=80, warmup=8)),
+               tiny=GPU | dict(keep=1, layers=dict(T=600, window=8, texts=2, answers=2), texts=dict(files=2, n=32, T=64, rows=32), needles={600: 2, 800: 2}, tokens=1800, align=dict(T=600, steps=3, lr=1e-3, warmup=1),
+                               distil=dict(T=700, steps=3, lr=4e-4, warmup=1), long=dict(T=900, steps=2, lr=1e-4, warmup=1), recall={600: 1}, problems=40, tasks=4, room=16,
+                               sft=dict(steps=2, T=256, rows=2, lr=2e-4), seeds=1, variants=["pre", "post", "restored"], few=["pre", "post"]))
+KINDS = ("single_1", "single_2", "single_3", "multikey_1")
 
 
 class Run:
-    "Where things lie, and what is loaded once."
-    def __init__(self, runs: Path, out: Path):
-        self.runs, self.out, self.pre = runs, out, runs / "teacher"
-        if TINY and not self.pre.exists(): _tiny(self.pre)
+    "Where things lie, the recipe, and the machine."
+    def __init__(self, runs: Path, out: Path, profile: str, hybrid: Path | None):
+        self.runs, self.out, self.pre, self.recipe = runs, out, runs / "teacher", RECIPES[profile]
+        machine = pick_profile()
+        self.device, self.dtype = machine.device, machine.dtype
+        if profile == "tiny" and not self.pre.exists(): _tiny(self.pre)
+        if hybrid: self.pre = hybrid
         elif not self.pre.exists(): shutil.copytree(distill.smollm2(), self.pre)
         self.tokenizer = AutoTokenizer.from_pretrained(self.pre)
 
-    def teacher(self): return AutoModelForCausalLM.from_pretrained(self.pre, dtype=torch.float32).to(MACHINE.device).eval().requires_grad_(False)
-    def load(self, name): return AutoModelForCausalLM.from_pretrained(self.runs / name, dtype=torch.float32).to(MACHINE.device)
+    def teacher(self): return AutoModelForCausalLM.from_pretrained(self.pre, dtype=torch.float32).to(self.device).eval().requires_grad_(False)
+    def load(self, name): return AutoModelForCausalLM.from_pretrained(self.runs / name, dtype=torch.float32).to(self.device)
+    def half(self, model): return model.to(getattr(torch, self.dtype)).eval()
     def json(self, name): return json.loads((self.out / f"{name}.json").read_text())
+    def at_once(self): return 65536 if self.device == "cuda" else 4096  # tokens
 
-    def save(self, model, name):
+    def keep(self, what, file: str):
+        part = self.runs / f"{file}.{os.getpid()}.part"
+        torch.save(what, part)
+        part.rename(self.runs / file)
+
+    def save(self, model, name: str):
         model.save_pretrained(self.runs / f"{name}.part"), self.tokenizer.save_pretrained(self.runs / f"{name}.part")
         (self.runs / f"{name}.part").rename(self.runs / name)
 
@@ -67,78 +81,129 @@ def _tiny(folder: Path):
     AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
 
 
-def layers(run):
-    "Which softmax layers look far."
-    r, ids = RECIPE, run.tokenizer(" ".join(local_text()))["input_ids"]
-    step = len(ids) // (r["texts"] + 1)
-    answers = [x for kind in ("single_2", "multikey_1") for x in distill.answer_rows(run.tokenizer, kind, r["T"], r["answers"] // 2)]
-    rows = distill.layer_values(run.teacher(), [ids[i * step:i * step + r["T"]] for i in range(r["texts"])], answers, r["window"], lambda text: print(text, flush=True))
-    return dict(rows=rows)
+def questions(run):
+    "What every model is asked, and what the fine-tunings are taught, made once."
+    r = run.recipe
+    asked = {kind: {T: distill.answer_rows(run.tokenizer, kind, T, n) for T, n in r["recall"].items()} for kind in KINDS}
+    needles = {T: [x for kind in KINDS for x in distill.answer_rows(run.tokenizer, kind, T, n, seed=100)] for T, n in r["needles"].items()}
+    tasks = {name: distill.word_problems(r["tasks"], seed=1, held_out=held) for name, held in (("seen kinds", False), ("held-out kinds", True))}
+    for seed in range(r["seeds"]):
+        rows = distill.word_problems(r["problems"], seed=10 + seed)
+        _lines(run.runs / f"problems-{seed}.jsonl", [dict(prompt=x["prompt"], completion=x["completion"]) for x in rows])
+    small = lambda rows: [(torch.tensor(x, dtype=torch.int32), n) for x, n in rows]
+    run.keep(dict(recall={k: {T: small(rows) for T, rows in x.items()} for k, x in asked.items()}, needles={T: small(rows) for T, rows in needles.items()}, tasks=tasks), "questions.pt")
+    return dict(rows={kind: {T: len(rows) for T, rows in x.items()} for kind, x in asked.items()}, problems=r["problems"])
 
 
 @cache
-def tasks() -> list[dict]: return distill.word_problems(RECIPE["tasks"], seed=1, held_out=True)
+def _asked(run): return torch.load(run.runs / "questions.pt", weights_only=True)
 
 
-def asked(run, model):
-    "Recall and word problems of held-out kinds, in bfloat16 where there is a GPU that has it."
-    model = model.to(getattr(torch, MACHINE.dtype)).eval()
-    ok = sum(c for c, _ in solve(model, run.tokenizer, tasks(), 16 if TINY else 320, 64))
-    return recall(model, run.tokenizer, RECIPE["recall"]) | dict(problems={"held out": dict(correct=ok, n=len(tasks()))})
+def _lines(file: Path, rows: list):
+    part = file.with_suffix(f".{os.getpid()}.part")
+    part.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    part.rename(file)
 
 
-def texts(run):
-    teacher, r = run.teacher().to(getattr(torch, MACHINE.dtype)), RECIPE
-    drawn = [t for x in distill.samples(teacher, run.tokenizer, r["sampled"], r["sample_T"], rows=256) for t in x]
-    prose = run.tokenizer(" ".join(local_text()))["input_ids"]
-    needles = {T: [x for kind in ("single_1", "single_2", "single_3", "multikey_1") for x in distill.answer_rows(run.tokenizer, kind, T, 4 if TINY else 200, seed=100)] for T in (r["T"], r["long"]["T"])}
-    part = run.runs / "texts.part"
-    torch.save(dict(stream=torch.tensor(drawn + prose), needles=needles), part)
-    part.rename(run.runs / "texts.pt")
-    return dict(tokens=len(drawn), prose_tokens=len(prose))
+def layers(run):
+    "Which softmax layers look far."
+    r, ids = run.recipe["layers"], run.tokenizer(" ".join(local_text()))["input_ids"]
+    step = len(ids) // (r["texts"] + 1)
+    answers = [x for kind in ("single_2", "multikey_1") for x in distill.answer_rows(run.tokenizer, kind, r["T"], r["answers"] // 2, seed=200)]
+    teacher = run.teacher()
+    if run.device == "cuda": teacher = run.half(teacher)
+    return dict(rows=distill.layer_values(teacher, [ids[i * step:i * step + r["T"]] for i in range(r["texts"])], answers, r["window"], run.at_once(), lambda text: print(text, flush=True)))
+
+
+def asked(run, model) -> dict:
+    "test -> length or kind -> {correct, n}: needles by greedy decoding of the answer itself, word problems by what is said last."
+    model, q = run.half(model), _asked(run)
+    scores = {kind: {} for kind in q["recall"]}
+    for kind, by_length in q["recall"].items():
+        for T, rows in by_length.items():
+            ok = [right for _, right in distill.answered(model, [(x.tolist(), n) for x, n in rows], run.at_once())]
+            scores[kind][str(T)] = dict(correct=sum(ok), n=len(ok))
+    tasks = [t for group in q["tasks"].values() for t in group]
+    said = iter(solve(model, run.tokenizer, tasks, run.recipe["room"], 256))
+    scores["problems"] = {name: dict(correct=sum(next(said)[0] for _ in group), n=len(group)) for name, group in q["tasks"].items()}
+    return scores
+
+
+def texts(run, number):
+    r = run.recipe["texts"]
+    document = "<|endoftext|>" if number % 2 and "<|endoftext|>" in run.tokenizer.get_vocab() else None  # what documents begin with in SmolLM2's pre-training; else conversations
+    drawn = distill.samples(run.half(run.teacher()), run.tokenizer, r["n"], r["T"], seed=number, rows=r["rows"], opening=document)
+    run.keep(torch.tensor(drawn, dtype=torch.int32), f"texts-{number}.pt")
+    return dict(tokens=sum(map(len, drawn)))
+
+
+def _stream(run):
+    "All that is there to read: what was drawn, and prose; the last twentieth of the texts is for looking."
+    drawn = torch.cat([torch.load(p, weights_only=True).flatten() for p in sorted(run.runs.glob("texts-?.pt"))]).long()
+    cut = len(drawn) - max(len(drawn) // 20, 2 * run.recipe["long"]["T"])
+    return torch.cat([torch.tensor(run.tokenizer(" ".join(local_text()))["input_ids"]), drawn[:cut]]), drawn[cut:]
 
 
 def trained(run, stage, source, teach, T, calibrated=False, **settings):
     "One stage of training: the student of the stage before, the texts, a resumable loop, the student kept; how far from the teacher it is on text that it does not train on."
-    teacher, data = run.teacher(), torch.load(run.runs / "texts.pt", weights_only=True)
-    stream, rows = data["stream"], max(1, RECIPE["tokens"] // T)
-    cut = len(stream) - max(2 * T, len(stream) // 20)  # the last twentieth is for looking
-    batch = partial(distill.text_batch, stream=stream[:cut], T=T, rows=rows, needles=data["needles"][RECIPE["long"]["T"] if T > RECIPE["T"] else RECIPE["T"]])
-    held = distill.text_batch(0, stream[cut:], T, min(rows, 8))[0].to(MACHINE.device)
+    teacher, (stream, held) = run.teacher(), _stream(run)
+    rows = max(1, run.recipe["tokens"] // T)
+    needles = [(x.tolist(), n) for length, found in _asked(run)["needles"].items() if length <= T for x, n in found]
+    batch = partial(distill.text_batch, stream=stream, T=T, rows=rows, needles=needles)
+    held = distill.text_batch(0, held, T, min(rows, 8))[0].to(run.device)
     def look(student):
         with torch.no_grad(): return dict(nats=distill.distance(student, held, torch.ones(held.shape, device=held.device), teacher).item(), errors={i: e.item() for i, e in distill.layer_errors(student, teacher, held).items()})
     student = source(teacher)
     seen = dict(at_first=look(student))
     if calibrated:
-        distill.calibrate(student, teacher, batch(10 ** 6)[0].to(MACHINE.device))
+        distill.calibrate(student, teacher, batch(10 ** 6)[0].to(run.device))
         seen["calibrated"] = look(student)
-    if MACHINE.device == "cuda": torch.cuda.reset_peak_memory_stats()
-    log = teach(student, teacher, batch, dtype=MACHINE.dtype, file=run.runs / f"{stage}.pt", workers=0 if TINY or MACHINE.device == "cpu" else 4, **settings)
-    peak = torch.cuda.max_memory_allocated() / 1e9 if MACHINE.device == "cuda" else None
+    if run.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        torch.set_float32_matmul_precision("high")
+    log = teach(student, teacher, batch, dtype=run.dtype, file=run.runs / f"{stage}.pt", workers=4 if run.device == "cuda" else 0, **settings)
+    peak = torch.cuda.max_memory_allocated() / 1e9 if run.device == "cuda" else None
     seen["at_last"] = look(student.eval())
     run.save(student, stage)
     (run.runs / f"{stage}.pt").unlink()
-    return dict(away=seen, log=log, peak_gpu_gb=peak)
+    return dict(away=seen, log=log, peak_gpu_gb=peak, texts_tokens=len(stream))
 
 
-def chats(run, kind, seed):
+def chats(run, kind, seed) -> Path:
     "The data of a fine-tuning: word problems with their steps, or conversations drawn from the teacher."
-    file, n = run.runs / f"{kind}-{seed}.jsonl", RECIPE["problems"]
-    if file.exists(): return file
-    if kind == "problems": rows = [dict(prompt=x["prompt"], completion=x["completion"]) for x in distill.word_problems(n, seed=10 + seed)]
-    else:
-        said = distill.samples(run.teacher().to(getattr(torch, MACHINE.dtype)), run.tokenizer, n // 4, RECIPE["sample_T"], seed=50 + seed, rows=256)
-        rows = [dict(prompt=p, completion=a) for x in said for p, a in re.findall(r"<\|im_start\|>user\n(.+?)<\|im_end\|>\s*<\|im_start\|>assistant\n(.+?)<\|im_end\|>", run.tokenizer.decode(x), re.S)]
-        if TINY: rows = [dict(prompt="a", completion="b c d")]
-        if not rows: raise SystemExit("the teacher began no conversation that it also ended: draw more or longer texts")
-    file.with_suffix(".part").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    file.with_suffix(".part").rename(file)
+    file = run.runs / f"{kind}-{seed}.jsonl"
+    if kind == "problems" or file.exists(): return file
+    around = lambda **more: run.tokenizer.apply_chat_template([dict(role="user", content="\x00")], tokenize=False, **more).split("\x00")
+    turn, end = around(add_generation_prompt=True)[1], around()[1].strip()
+    user = around()[0][-len(turn):].split("\n")[-2] if "\n" in turn else around()[0]
+    said = re.compile(f"{re.escape(user)}\\s*(\\S.+?){re.escape(turn)}(.+?){re.escape(end)}", re.S)
+    drawn = torch.load(run.runs / "texts-0.pt", weights_only=True).tolist()
+    rows = [dict(prompt=p, completion=a) for text in run.tokenizer.batch_decode(drawn) for p, a in said.findall(text) if end not in p]
+    if not rows and run.tokenizer.vocab_size < 2000: rows = [dict(prompt="a", completion="b c d")]  # random weights end no conversation
+    if not rows: raise SystemExit("the teacher began no conversation that it also ended: draw more or longer texts")
+    random.Random(seed).shuffle(rows)
+    _lines(file, rows)
     return file
 
 
-def tuned(run, base, kind, seed):
+def reach(run):
+    "How far the gradients of chains and of chat reach in the hybrid, before any fine-tuning."
+    out, model = {}, run.load("long").eval()
+    for kind in ("problems", "chat"):
+        lines = [json.loads(x) for x in chats(run, kind, 0).read_text().splitlines()[:64]]
+        rows = [encode_chat(run.tokenizer, [dict(role="user", content=x["prompt"]), dict(role="assistant", content=x["completion"])]) for x in lines]
+        T = max(len(ids) for ids, _ in rows)
+        batch = dict(input_ids=[x + [0] * (T - len(x)) for x, _ in rows], labels=[y + [-100] * (T - len(y)) for _, y in rows], attention_mask=[[1] * len(x) + [0] * (T - len(x)) for x, _ in rows])
+        found = gradient_range(model, batch)
+        g, low, high = found.curve()
+        layers = {i: found.summary(i) for i in found.layers}
+        out[kind] = dict(tau=found.tau.tolist(), g=g.tolist(), low=low.tolist(), high=high.tolist(), summary=found.summary(), layers=layers, loss=found.loss, longest=T)
+    return out
+
+
+def tuned(run, base, kind, seed) -> Path:
     "The folder after fine-tuning on word problems (all weights, or an adapter that is merged afterwards) or on the teacher's own conversations."
-    post, settings = run.runs / f"{base}-{kind}-{seed}", dict(seed=seed, every=50, **RECIPE["sft"])
+    post, settings = run.runs / f"{base}-{kind}-{seed}", dict(seed=seed, every=100, **run.recipe["sft"])
     if post.exists(): return post
     data = chats(run, "chat" if kind == "chat" else "problems", seed)
     if kind != "lora": return finetune(run.runs / base, data, post, **settings)
@@ -160,47 +225,58 @@ def repair(run, base, kind, seed, names):
         model.float().load_state_dict(variant(name, a, b, pre.config, seed))
         scores[name] = asked(run, model)
         kept.write_text(json.dumps(scores))
-        print(name, {k: {T: round(c["correct"] / c["n"], 2) for T, c in s.items()} for k, s in scores[name].items()}, flush=True)
-    return dict(scores=scores, log=json.loads((run.runs / f"{base}-{kind}-{seed}" / "finetune.json").read_text())["log"][-1])
+        print(f"{base}-{kind}-{seed}", name, {k: " ".join(f"{c['correct']}/{c['n']}" for c in s.values()) for k, s in scores[name].items()}, flush=True)
+    told = json.loads((run.runs / f"{base}-{kind}-{seed}" / "finetune.json").read_text())
+    return dict(scores=scores, peak_gpu_gb=told["peak_gpu_gb"], log=told["log"][::10] + told["log"][-1:])
 
 
 def softened(run):
-    "The unconverted model in our classes, so that the same functions work on it."
-    if (run.runs / "soft").exists(): return
     teacher = run.teacher()
     run.save(distill.convert(teacher, range(teacher.config.num_hidden_layers)), "soft")
+    return {}
 
 
-def stages() -> dict:
-    r = RECIPE
-    made = dict(layers=layers, teacher=lambda run: dict(scores=dict(pre=asked(run, run.teacher()))), texts=texts,
-                align=lambda run: trained(run, "align", lambda t: distill.convert(t, distill.choose_layers(run.json("layers")["rows"], r["keep"])), distill.align, r["T"], True, **r["align"]),
-                distil=lambda run: trained(run, "distil", lambda t: run.load("align"), distill.distil, r["T"], **r["distil"]),
-                long=lambda run: trained(run, "long", lambda t: run.load("distil"), distill.distil, r["long"]["T"], **{k: v for k, v in r["long"].items() if k != "T"}),
-                hybrid=lambda run: dict(scores=dict(pre=asked(run, run.load("long")))))
+def stages(run) -> dict:
+    r = run.recipe
+    made = dict(questions=questions, layers=layers, teacher=lambda run: dict(scores=dict(pre=asked(run, run.teacher()))), **{f"texts-{i}": partial(texts, number=i) for i in range(r["texts"]["files"])},
+                align=lambda run: trained(run, "align", lambda t: distill.convert(t, distill.choose_layers(run.json("layers")["rows"], r["keep"])), distill.align, calibrated=True, **r["align"]),
+                distil=lambda run: trained(run, "distil", lambda t: run.load("align"), distill.distil, **r["distil"]),
+                long=lambda run: trained(run, "long", lambda t: run.load("distil"), distill.distil, **r["long"]),
+                hybrid=lambda run: dict(scores=dict(pre=asked(run, run.load("long")))), range=reach, soft=softened)
     for n in range(r["seeds"]):
         made[f"sft-seed{n}"] = lambda run, n=n: dict(post=tuned(run, "long", "problems", n).name)
         made[f"repair-seed{n}"] = lambda run, n=n: repair(run, "long", "problems", n, r["variants"])
-        made[f"chat-seed{n}"] = lambda run, n=n: repair(run, "long", "chat", n, ["pre", "post", "restored"])
-        made[f"lora-seed{n}"] = lambda run, n=n: repair(run, "long", "lora", n, ["pre", "post", "restored", "vo", "interpolated 0.9"])
-        made[f"soft-seed{n}"] = lambda run, n=n: (softened(run), repair(run, "soft", "problems", n, ["pre", "post", "restored", "vo", "interpolated 0.9"]))[1]
+        made[f"chat-seed{n}"] = lambda run, n=n: repair(run, "long", "chat", n, r["few"])
+        made[f"lora-seed{n}"] = lambda run, n=n: repair(run, "long", "lora", n, r["few"])
+        made[f"soft-seed{n}"] = lambda run, n=n: repair(run, "soft", "problems", n, r["few"])
     return made
 
 
-if __name__ == "__main__":
-    ask = argparse.ArgumentParser()
+def main():
+    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("runs", type=Path), ask.add_argument("out", type=Path), ask.add_argument("stages", nargs="*"), ask.add_argument("--minutes", type=float, default=1e9)
-    args = ask.parse_args()
+    ask.add_argument("--profile", choices=RECIPES, default="gpu"), ask.add_argument("--hybrid", type=Path, help="a converted checkpoint, from an earlier run's RUNS/long")
+    args = ask.parse_intermixed_args()
     for folder in (args.runs, args.out): folder.mkdir(exist_ok=True, parents=True)
-    run, begun, all_stages = Run(args.runs, args.out), time.monotonic(), stages()
-    for name in args.stages or all_stages:
+    run, begun = Run(args.runs, args.out, args.profile, args.hybrid), time.monotonic()
+    known = stages(run)
+    if unknown := [s for s in args.stages if s not in known]: ask.error(f"no stage is called {unknown[0]}: choose from {', '.join(known)}")
+    names = args.stages or list(known)
+    if args.hybrid:
+        if not (args.runs / "long").exists(): shutil.copytree(args.hybrid, args.runs / "long")
+        names = args.stages or ["questions", "hybrid", "sft-seed0", "repair-seed0"]
+    for name in names:
         if (args.out / f"{name}.json").exists(): continue
         if time.monotonic() - begun > 60 * args.minutes: print("time is up; the same command goes on with", name); break
         then = time.perf_counter()
-        result = all_stages[name](run)
+        try: result = known[name](run)
+        except torch.OutOfMemoryError: raise SystemExit(f"memory ran out in stage {name}: halve tokens (a step), texts' rows or sft's T in RECIPES; what is done is kept, the same command goes on")
         seed = int(name[-1]) if "seed" in name else 0
-        record = dict(**provenance(seed, teacher="tiny" if TINY else "SmolLM2-135M-Instruct", **RECIPE), wall_s=round(time.perf_counter() - then, 1), **result)
+        record = dict(**provenance(seed, profile=args.profile, teacher="tiny" if args.profile == "tiny" else "SmolLM2-135M-Instruct", **run.recipe), wall_s=round(time.perf_counter() - then, 1), **result)
         part = args.out / f"{name}.part"
         part.write_text(json.dumps(record, indent=1) + "\n")
         part.rename(args.out / f"{name}.json")
         print(f"== {name}: {record['wall_s']:.0f} s", flush=True)
+
+
+if __name__ == "__main__": main()

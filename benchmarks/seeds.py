@@ -20,15 +20,17 @@ ask.add_argument("--jobs", nargs="+", default=["0", "1", "2", "3", "4"])
 ask.add_argument("--kinds", nargs="+", default=["cot", "direct", "frozen", "long", "slow", "lora"])
 ask.add_argument("--minutes", type=float, default=600.)
 ask.add_argument("--profile", default="gpu")
+ask.add_argument("--few", action="store_true", help="the deciding variants alone")
 args = ask.parse_args()
 args.runs.mkdir(exist_ok=True)
-deadline, gpus, running = time.monotonic() + 60 * args.minutes, max(1, torch.cuda.device_count()), []
+deadline, running = time.monotonic() + 60 * args.minutes, []
+cards = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(max(1, torch.cuda.device_count()))))).split(",")
 for i, job in enumerate(args.jobs):
     seed, model = (job.split(":") + ["hypenet7m"])[:2]
-    kinds, full = (args.kinds, True) if model == "hypenet7m" else (["cot"], False)
+    kinds, full = (args.kinds, not args.few) if model == "hypenet7m" else (["cot"], False)
     code = f"from qkrestore_nb.experiment import run; run({args.profile!r}, {str(args.runs / f'{args.profile}-{model}-seed{seed}')!r}, {seed}, {model!r}, {tuple(kinds)}, {full})"
     log = open(args.runs / f"{model}-seed{seed}.log", "a")
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": str(i % gpus), "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": cards[i % len(cards)], "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
     running.append((job, subprocess.Popen([sys.executable, "-c", code], env=env, stdout=log, stderr=log)))
 for job, process in running:
     try: print(job, "ended with", process.wait(max(1, deadline - time.monotonic())), flush=True)

@@ -441,6 +441,7 @@ def compile_layers(
     model: "HypeNetForCausalLM",  # changed in place
 ) -> "HypeNetForCausalLM":
     "Compile what lies between the attention kernels, for training and prefill; returns the model. (`generate` compiles decoding itself.)"
+    torch._dynamo.config.recompile_limit = 64  # two kinds of layer, with and without gradients, under autocast and not
     for layer in model.model.layers:
         mixer = layer.self_attn
         for name in ("project", "heads", "finish"):

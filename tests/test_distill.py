@@ -111,6 +111,22 @@ def test_windows_and_values():
     assert d.choose_layers([dict(layer=None, answer=9.), *(dict(layer=i, answer=x) for i, x in enumerate((1., 5., 3., 4.)))], 2) == [1, 3]
 
 
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_answered_is_greedy_decoding(hybrid):
+    "Rows of several lengths at once: the loss of each alone, and right where greedy decoding writes the same."
+    model = make(TEACHERS["qwen3"])
+    if hybrid: model = d.convert(model, [1])
+    texts, rows = [ids[0, :n].tolist() for n in (9, 30, 17)], []
+    for x in texts:
+        said = model.generate(torch.tensor([x]), attention_mask=torch.ones(1, len(x), dtype=torch.long), max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)[0].tolist()
+        rows += [(said, 4), (said[:-1] + [(said[-1] + 1) % 1000], 4)]
+    found = d.answered(model, rows, tokens=50)
+    assert [right for _, right in found] == [True, False] * 3
+    for (x, n), (loss, _) in zip(rows, found):
+        logits = model(torch.tensor([x])).logits[0, -n - 1:-1]
+        assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, torch.tensor(x[-n:])).item(), rel=1e-4)
+
+
 def test_batches():
     tokenizer = small_tokenizer()
     needles = d.answer_rows(tokenizer, "single_2", 500, 5)
@@ -128,6 +144,16 @@ def test_samples_repeat_and_are_the_teachers():
     drawn = d.samples(teacher, tokenizer, 5, 20, rows=2)
     assert drawn == d.samples(teacher, tokenizer, 5, 20, rows=2) and [len(x) for x in drawn] == [20] * 5 and drawn != d.samples(teacher, tokenizer, 5, 20, seed=1, rows=2)
     assert len({tuple(x) for x in drawn}) == 5 and len({x[0] for x in drawn}) == 1
+
+
+def test_samples_go_on_after_an_end():
+    "A teacher whose generation config knows an end, and that likes to end, goes on: what follows an end is drawn, too."
+    teacher, tokenizer = make(TEACHERS["llama"]), small_tokenizer()
+    teacher.lm_head = torch.nn.Linear(96, 1000)
+    with torch.no_grad(): teacher.lm_head.weight.zero_(), teacher.lm_head.bias.zero_(), teacher.lm_head.bias[0].fill_(5.)  # one token in eight ends
+    assert teacher.generation_config.eos_token_id == 0
+    drawn = d.samples(teacher, tokenizer, 4, 60)
+    assert any(x[x.index(0) + 1:].count(0) < len(x[x.index(0) + 1:]) for x in drawn if 0 in x) and teacher.generation_config.eos_token_id == 0
 
 
 def test_word_problems():
@@ -149,16 +175,20 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
 
 
 def test_the_whole_path(tmp_path):
-    "Every stage of benchmarks/real_model.py on a tiny teacher, stopped after the first minute's budget of nothing and gone on with."
+    "Every stage of benchmarks/real_model.py on a tiny teacher, stopped after the first minute's budget of nothing and gone on with; then from its hybrid."
     pytest.importorskip("reasoning_gym")
-    command = [sys.executable, str(ROOT / "benchmarks" / "real_model.py"), str(tmp_path / "runs"), str(tmp_path / "out")]
-    env = os.environ | dict(TINY="1", PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
-    first = subprocess.run([*command, "layers", "texts", "--minutes", "0"], capture_output=True, text=True, env=env)
+    script, env = [sys.executable, str(ROOT / "benchmarks" / "real_model.py")], os.environ | dict(PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
+    command = [*script, str(tmp_path / "runs"), str(tmp_path / "out"), "--profile", "tiny"]
+    first = subprocess.run([*command, "layers", "texts-0", "--minutes", "0"], capture_output=True, text=True, env=env)
     assert "time is up" in first.stdout and not list((tmp_path / "out").iterdir())
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "repair-seed0" in done.stdout
     results = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "out").glob("*.json")}
-    assert {"layers", "teacher", "texts", "align", "distil", "long", "hybrid", "sft-seed0", "repair-seed0", "chat-seed0", "lora-seed0", "soft-seed0"} == results.keys()
+    assert {"questions", "layers", "teacher", "texts-0", "texts-1", "align", "distil", "long", "hybrid", "range", "soft", "sft-seed0", "repair-seed0", "chat-seed0", "lora-seed0", "soft-seed0"} == results.keys()
     for r in results.values(): assert {"seed", "config", "versions", "device", "wall_s"} <= r.keys()
     assert set(results["repair-seed0"]["scores"]) == {"pre", "post", "restored"} and not list((tmp_path / "runs").glob("*.part"))
+    again = subprocess.run([*script, str(tmp_path / "runs2"), str(tmp_path / "out2"), "--profile", "tiny", "--hybrid", str(tmp_path / "runs" / "long")], capture_output=True, text=True, env=env, timeout=300)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert json.loads((tmp_path / "out2" / "hybrid.json").read_text())["scores"] == results["hybrid"]["scores"]
+    wrong = subprocess.run([*command, "repare"], capture_output=True, text=True, env=env)
+    assert wrong.returncode == 2 and "no stage is called repare: choose from questions, layers" in wrong.stderr
