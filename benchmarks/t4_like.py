@@ -104,6 +104,8 @@ def main() -> None:
         if checked.returncode: sys.exit(checked.stderr)
         check = json.loads(checked.stdout.splitlines()[-1])
         print(check, flush=True)
+        wrong = [k for k, may in dict(float16=1, float16_compiled=1, float16_attention=1, gb_14=1, bfloat16=0, bfloat16_attention=0, fla=0, gb_16=0).items() if k in check and may != (check[k] == "runs")]
+        if wrong: sys.exit(f"not as on a T4: {wrong}")
         work = {n: ["-c", RUN, str(copy / "nbs" / n)] for n in names}
         if args.experiment: work = dict(experiment=["experiment.py", str(Path(folder) / "experiment")]) | work
         for name, row in zip(work, pool.map(lambda n: run(n, work[n], copy, cores, Path(folder)), work)): rows[name] = row
