@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from .checkpoints import CheckpointError, read_config
+from .core import pick_profile
 from .families import layer_kinds, text_config
 from .prose import prompt, prose_test, score
 
@@ -69,13 +70,13 @@ def load(
     checkpoint,              # a folder or a hub id
     T: int = 4096,           # tokens of the longest text that it shall read
     device: str | None = None,  # None: cuda where there is one
-    dtype=None,              # None: bfloat16 on a GPU, float32 on a CPU
+    dtype=None,              # None: bfloat16 on a GPU, float16 on one older than sm_80, float32 on a CPU
 ) -> tuple:
     "Model and tokenizer, ready to be asked. Raises CheckpointError where memory is too small, with what fits, or where the checkpoint cannot be loaded."
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    dtype = dtype or getattr(torch, pick_profile().dtype if device.startswith("cuda") else "float32")
     config, free = _config(checkpoint), room_gb(device)
     n = needs(config, T)
     factor = torch.finfo(dtype).bits / 16
@@ -163,7 +164,7 @@ def ask(
     cache=None,          # a static cache to use again, from an earlier haystack; it is emptied first
     step=None,           # `compiled_step` of the model, for use with such a cache
 ) -> list[str]:
-    "What the model says to each question of one haystack, which it reads once."
+    "What the model says to each question of one haystack, which it reads once. Raises CheckpointError where its logits are not numbers."
     import torch
     from transformers import DynamicCache, StaticCache
     from qkrestore_nb.hypenet import prefill
@@ -176,7 +177,8 @@ def ask(
     stop = _ends(model, tokenizer)
     ends = {stop} if isinstance(stop, int) else set(stop or [])
     with torch.no_grad():
-        prefill(model, torch.tensor([prompts[0][:shared]], device=model.device), chunk, cache)
+        first, _ = prefill(model, torch.tensor([prompts[0][:shared]], device=model.device), chunk, cache)
+        if first.isnan().any(): raise CheckpointError(f"the logits are not numbers in {model.dtype}: load the model in float32, or take device='cpu'")  # float16 ends at 65,504
         mark, said = bookmark(cache), []
         for ids in prompts:
             rewind(cache, mark)

@@ -1,4 +1,5 @@
 "Counting before loading, one reading for many questions, lm-eval, and other hybrids from end to end."
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -51,6 +52,24 @@ def test_loading_says_what_fits(folder, monkeypatch):
     with pytest.raises(CheckpointError, match="about 4,0.. tokens would fit"): scale.load(folder, 10 * 4096)
     monkeypatch.setattr(scale, "room_gb", lambda device: n["weights_gb"])
     with pytest.raises(CheckpointError, match="the weights alone do not fit"): scale.load(folder, 4096)
+
+
+def test_float16_below_sm_80(folder, monkeypatch):
+    "An older GPU only emulates bfloat16."
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(scale, "room_gb", lambda device: 100)
+    monkeypatch.setattr(HypeNetForCausalLM, "to", lambda self, device: asked.append((device, self.dtype)) or self)
+    scale.load(folder), scale.load(folder, dtype=torch.float32), scale.load(folder, device="cpu")
+    assert asked == [("cuda", torch.float16), ("cuda", torch.float32), ("cpu", torch.float32)]
+
+
+def test_logits_that_are_no_numbers_are_said(model, tokenizer):
+    broken = copy.deepcopy(model)
+    with torch.no_grad(): broken.model.layers[0].mlp.down_proj.weight.fill_(65504)
+    broken.half()
+    with pytest.raises(CheckpointError, match="not numbers in torch.float16"): scale.ask(broken, tokenizer, prose_test("single_1", tokenizer, 600, 1)[0], room=4)
 
 
 def test_a_long_text_is_noted(folder):
