@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from .checkpoints import CheckpointError
-from .core import provenance
+from .core import pick_profile, provenance
 
 # %% ../nbs/13a_finetune.ipynb #443e7a2f
 def json_lines(
@@ -122,7 +122,7 @@ def training_needs(
     return {f"{k}_gb": v / 1e9 for k, v in (gb | dict(total=sum(gb.values()))).items()}
 
 # %% ../nbs/13a_finetune.ipynb #647967ae
-def _accelerator(mixed: bool):
+def _accelerator(dtype: str):
     "One process: as it is. Several GPUs: weights, gradients and moments sharded (FSDP2), layer by layer. Several CPU processes: copies (DDP)."
     import torch
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
@@ -132,7 +132,7 @@ def _accelerator(mixed: bool):
         # weights travel in float32 and meet autocast where they are used, as on one card; bfloat16 would halve the traffic and round the residual stream
         plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True,
                                                 state_dict_type="SHARDED_STATE_DICT", mixed_precision_policy=MixedPrecisionPolicy())
-    return Accelerator(mixed_precision="bf16" if mixed else "no", fsdp_plugin=plugin, cpu=not cuda)
+    return Accelerator(mixed_precision=dict(bfloat16="bf16", float16="fp16").get(dtype, "no"), fsdp_plugin=plugin, cpu=not cuda)
 
 
 def _run_folder(out: Path, recipe: dict) -> Path:
@@ -175,7 +175,7 @@ def finetune(
     rank: int = 0,           # of a LoRA adapter on all linear layers; 0: all weights are trained
     every: int = 100,        # steps between saved states
     seed: int = 0,
-    dtype: str | None = None,  # of matrix products; None: bfloat16 on a GPU, float32 on a CPU
+    dtype: str | None = None,  # of matrix products; None: bfloat16 on a GPU, float16 on one without it, float32 on a CPU
     look=None,               # look(step, loss), called after each step on the first card
 ) -> Path:
     """Fine-tune on conversations, on one card or under `accelerate launch` on many (weights sharded by FSDP2); returns out. What is interrupted
@@ -189,8 +189,8 @@ def finetune(
     found = _config(checkpoint)
     kept = found.dtype or torch.float32  # out has the format that pre has, so that one can be restored from the other
     cuda = torch.cuda.is_available()
-    mixed = (dtype or ("bfloat16" if cuda else "float32")) == "bfloat16"
-    accelerator, out = _accelerator(mixed), Path(out)
+    dtype = dtype or pick_profile().dtype
+    accelerator, out = _accelerator(dtype), Path(out)
     world, me = accelerator.num_processes, accelerator.process_index
     for name, value, least in (("steps", steps, 1), ("rows", rows, 1), ("every", every, 1), ("T", T, 2)):
         if value < least: raise CheckpointError(f"{name} is {value}: it must be at least {least}")
@@ -205,7 +205,7 @@ def finetune(
         (run / "recipe.json").write_text(json.dumps(recipe, indent=1))
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     set_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16 if rank and cuda else torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype) if rank and cuda else torch.float32)
     config = model.config
     if rank:
         from peft import LoraConfig, get_peft_model
