@@ -29,11 +29,11 @@ from qkrestore_nb.finetune import encode_chat, finetune
 from qkrestore_nb.prose import local_text
 from qkrestore_nb.variants import variant
 
-GPU = dict(keep=8, layers=dict(T=512, window=64, texts=16, answers=128), texts=dict(files=3, n=8192, T=512, rows=2048), needles={512: 200, 1024: 200, 2048: 200, 4096: 100, 8192: 100},
-           tokens=32768, align=dict(T=512, steps=300, lr=1e-3, warmup=20), distil=dict(T=2048, steps=1800, lr=5e-4, warmup=50), long=dict(T=8192, steps=250, lr=1e-4, warmup=10),
+GPU = dict(keep=8, layers=dict(T=512, window=64, texts=16, answers=128), texts=dict(files=2, n=8192, T=512, rows=4096), needles={512: 200, 1024: 200, 2048: 200, 4096: 100, 8192: 100},
+           tokens=32768, align=dict(T=512, steps=250, lr=1e-3, warmup=20), distil=dict(T=2048, steps=1200, lr=5e-4, warmup=50), long=dict(T=8192, steps=150, lr=1e-4, warmup=10),
            recall={512: 64, 1024: 64, 2048: 64, 4096: 32, 8192: 32}, problems=20000, tasks=128, room=272, sft=dict(steps=300, T=8192, rows=2, lr=3e-4), seeds=3,
-           variants=["pre", "post", "restored", "vo", "q", "k", "v", "o", "qk of linear layers", "qk of all layers", "first linear mixer", "all mixers", "MLPs", "interpolated 0.9", "interpolated 0.75",
-                     "LiNeS 0.8", "pro input 0.1", "pro input 1", "pro head 0.1", "pro head 1", "drift alone", "noise"], few=["pre", "post", "restored", "vo", "interpolated 0.9"])
+           variants=["post", "restored", "pre", "vo", "interpolated 0.9", "qk of all layers", "qk of linear layers", "q", "k", "v", "o", "pro head 1", "first linear mixer", "pro input 1", "interpolated 0.75",
+                     "all mixers", "MLPs", "LiNeS 0.8", "pro head 0.1", "pro input 0.1", "drift alone", "noise"], few=["post", "restored", "pre", "vo", "interpolated 0.9"])
 RECIPES = dict(gpu=GPU, colab=GPU | dict(recall={512: 32, 2048: 32}, tasks=64, sft=dict(steps=150, T=2048, rows=8, lr=3e-4), seeds=1, variants=GPU["few"]),
                cpu=GPU | dict(texts=dict(files=1, n=64, T=256, rows=64), tokens=2048, align=GPU["align"] | dict(steps=80, warmup=8)),
                tiny=GPU | dict(keep=1, layers=dict(T=600, window=8, texts=2, answers=2), texts=dict(files=2, n=32, T=64, rows=32), needles={600: 2, 800: 2}, tokens=1800, align=dict(T=600, steps=3, lr=1e-3, warmup=1),
@@ -215,6 +215,13 @@ def tuned(run, base, kind, seed) -> Path:
     return post
 
 
+def before(run, base) -> dict:
+    "What a model says before any fine-tuning: asked once for all pairs."
+    kept = run.runs / f"{base}.scores.json"
+    if not kept.exists(): kept.write_text(json.dumps(asked(run, run.load(base))))
+    return json.loads(kept.read_text())
+
+
 def repair(run, base, kind, seed, names):
     "Every variant of a pair, asked; a variant that is done is passed over."
     pre, post, model = run.load(base), run.load(tuned(run, base, kind, seed).name), run.load(base)
@@ -222,8 +229,10 @@ def repair(run, base, kind, seed, names):
     scores = json.loads(kept.read_text()) if kept.exists() else {}
     for name in names:
         if name in scores: continue
-        model.float().load_state_dict(variant(name, a, b, pre.config, seed))
-        scores[name] = asked(run, model)
+        if name == "pre": scores[name] = before(run, base)
+        else:
+            model.float().load_state_dict(variant(name, a, b, pre.config, seed))
+            scores[name] = asked(run, model)
         kept.write_text(json.dumps(scores))
         print(f"{base}-{kind}-{seed}", name, {k: " ".join(f"{c['correct']}/{c['n']}" for c in s.values()) for k, s in scores[name].items()}, flush=True)
     told = json.loads((run.runs / f"{base}-{kind}-{seed}" / "finetune.json").read_text())
@@ -242,7 +251,7 @@ def stages(run) -> dict:
                 align=lambda run: trained(run, "align", lambda t: distill.convert(t, distill.choose_layers(run.json("layers")["rows"], r["keep"])), distill.align, calibrated=True, **r["align"]),
                 distil=lambda run: trained(run, "distil", lambda t: run.load("align"), distill.distil, **r["distil"]),
                 long=lambda run: trained(run, "long", lambda t: run.load("distil"), distill.distil, **r["long"]),
-                hybrid=lambda run: dict(scores=dict(pre=asked(run, run.load("long")))), range=reach, soft=softened)
+                hybrid=lambda run: dict(scores=dict(pre=before(run, "long"))), range=reach, soft=softened)
     for n in range(r["seeds"]):
         made[f"sft-seed{n}"] = lambda run, n=n: dict(post=tuned(run, "long", "problems", n).name)
         made[f"repair-seed{n}"] = lambda run, n=n: repair(run, "long", "problems", n, r["variants"])
