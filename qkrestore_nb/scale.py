@@ -19,7 +19,8 @@ def _unread(checkpoint, e: Exception, what: str) -> CheckpointError:
     "The sentence for what transformers will not read."
     if "trust_remote_code" in str(e):
         return CheckpointError(f"{checkpoint} brings model code of its own: trust_remote_code=True (--trust-remote-code) runs that code on this machine, so pass it only if you trust who wrote it")
-    return CheckpointError(f"{checkpoint} {what}: {str(e).strip().splitlines()[0]}")
+    first, *more = str(e).strip().splitlines() or [type(e).__name__]
+    return CheckpointError(f"{checkpoint} {what}: {' '.join([first, *more[:first.endswith(':')]])}")
 
 
 def _config(checkpoint, trust_remote_code: bool = False):
@@ -30,7 +31,7 @@ def _config(checkpoint, trust_remote_code: bool = False):
     if hasattr(checkpoint, "config"): return checkpoint.config
     if Path(checkpoint).is_dir(): read_config(Path(checkpoint))  # says what is wrong with the folder
     try: return AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as e: raise _unread(checkpoint, e, "is no checkpoint that transformers can read") from e
+    except Exception as e: raise _unread(checkpoint, e, "is no checkpoint that transformers can read") from e  # a config's own code may raise anything
 
 
 def _parameters(config) -> tuple[int, int]:
@@ -40,7 +41,7 @@ def _parameters(config) -> tuple[int, int]:
     trusted = config._auto_class is not None  # its class came with a checkpoint, and whoever loaded it has let that code run
     try:
         with torch.device("meta"): model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
-    except (ValueError, ImportError) as e: raise _unread(config.name_or_path or config.model_type, e, "is no causal language model that transformers can build") from e
+    except Exception as e: raise _unread(config.name_or_path or config.model_type, e, "is no causal language model that transformers can build") from e
     return sum(p.numel() for p in model.parameters()), model.get_input_embeddings().weight.numel()
 
 

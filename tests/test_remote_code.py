@@ -117,12 +117,26 @@ def test_nothing_runs_that_was_not_let_in(base, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["evil"]
 
 
-def test_code_that_cannot_run_here(base, tmp_path):
-    "What it lacks is said in one sentence."
-    shutil.copytree(base / "pre", tmp_path / "lacking")
-    with open(tmp_path / "lacking" / "modeling_jet_nemotron.py", "a") as f: f.write("\nimport no_such_kernels\n")
+OLDER = """
+class JetNemotronConfig(PreTrainedConfig):
+    model_type = "jet_nemotron"
+    def __init__(self, layer_types=(), num_hidden_layers=4, **fields):
+        self.layer_types, self.num_hidden_layers = layer_types, num_hidden_layers
+        super().__init__(**fields)
+"""
+CANNOT = {  # what is added to which file, and what the sentence says: kernels that are missing; a config that tells transformers its own words for layers, as was allowed once
+    "lacking": ("modeling_jet_nemotron.py", "import no_such_kernels", "is no causal language model that transformers can build: .*no_such_kernels"),
+    "older": ("configuration_jet_nemotron.py", OLDER, "is no checkpoint that transformers can read: .*`layer_types` entries must be")}
+
+
+@pytest.mark.parametrize("name", CANNOT)
+def test_code_that_cannot_run_here(base, tmp_path, name):
+    "What is wrong with it is said in one sentence."
+    file, line, says = CANNOT[name]
+    shutil.copytree(base / "pre", tmp_path / name)
+    with open(tmp_path / name / file, "a") as f: f.write(f"\n{line}\n")
     for way in (scale.needs, scale.load):
-        with pytest.raises(CheckpointError, match="lacking is no causal language model that transformers can build: .*no_such_kernels") as e: way(tmp_path / "lacking", trust_remote_code=True)
+        with pytest.raises(CheckpointError, match=f"{name} {says}") as e: way(tmp_path / name, trust_remote_code=True)
         assert "\n" not in str(e.value)
 
 

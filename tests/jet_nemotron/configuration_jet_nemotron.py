@@ -28,7 +28,7 @@ class JetNemotronConfig(PreTrainedConfig):
     eos_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        self.kinds = kwargs.pop("layer_types")
+        self.kinds = kwargs.pop("layer_types", None) or ["attn"] * self.num_hidden_layers
         kwargs.pop("rope_scaling", None)
         super().__post_init__(**kwargs)
 
