@@ -106,7 +106,7 @@ def test_sharded_weights_have_their_code_too(base, tmp_path):
 
 
 def test_nothing_runs_that_was_not_let_in(base, tmp_path):
-    "One sentence from every way in, whose code leaves no trace; and none of it depends on what ran before."
+    "One sentence from every way in, and its code leaves no trace, though the same process has let in another's; when it is let in, it does."
     shutil.copytree(base / "pre", tmp_path / "evil")
     file = tmp_path / "evil" / "configuration_jet_nemotron.py"
     file.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n" + file.read_text())
@@ -115,6 +115,7 @@ def test_nothing_runs_that_was_not_let_in(base, tmp_path):
         with pytest.raises(CheckpointError, match="evil brings model code of its own: trust_remote_code=True") as e: way(tmp_path / "evil")
         assert "\n" not in str(e.value)
     assert [p.name for p in tmp_path.iterdir()] == ["evil"]
+    assert scale.needs(tmp_path / "evil", trust_remote_code=True) and (tmp_path / "ran").exists()
 
 
 OLDER = """
