@@ -144,6 +144,7 @@ def audit(
     seed: int = 0,
     device: str | None = None,  # None: cuda where there is one
     tell=lambda text: None,     # called with what comes next
+    trust_remote_code: bool = False,  # as in `scale.needs`
 ) -> dict:
     """Ask pre, post and restored the same; scores, drift, the paired differences and the verdict. Neither folder is touched.
     Raises CheckpointError for checkpoints that cannot be restored or loaded, or tasks that cannot be read."""
@@ -160,7 +161,7 @@ def audit(
         tell("the restore")
         restored = qk_restore(pre, post, out=Path(work) / "restored")
         for name, folder in (("pre", pre), ("post", post), ("restored", restored)):
-            model, tokenizer = load(folder, max(lengths), device)
+            model, tokenizer = load(folder, max(lengths), device, trust_remote_code=trust_remote_code)
             say = lambda text: tell(f"{name}: {text}")
             if _ours(tokenizer): scores[name] = _asked_in_words(model, lengths, haystacks, seed, say)
             else: scores[name] = recall(model, tokenizer, {k: [(T, haystacks, q) for T in lengths] for k, q in (("single_2", 1), ("single_3", 1), ("multikey_2", 8))}, seed, tell=say)

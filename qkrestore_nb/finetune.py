@@ -109,11 +109,12 @@ def training_needs(
     T: int = 4096,     # tokens of a row; every card has one row at a time
     gpus: int = 1,
     lora: bool = False,
+    trust_remote_code: bool = False,  # as in `scale.needs`
 ) -> dict:
     "GB on each card for fine-tuning with checkpointed activations: state (weights, gradients, moments), activations, logits, total."
     from qkrestore_nb.families import text_config
     from qkrestore_nb.scale import _config, needs
-    config = _config(checkpoint)
+    config = _config(checkpoint, trust_remote_code)
     c, parameters = text_config(config.to_dict()), needs(config, T)["parameters"]
     d, ffn, layers = c["hidden_size"], c.get("intermediate_size") or 4 * c["hidden_size"], c["num_hidden_layers"]
     whole = (gpus > 1) * (12 * parameters / layers + 8 * c["vocab_size"] * d)  # two layers and a gradient on their way, the embedding and its gradient
@@ -177,6 +178,7 @@ def finetune(
     seed: int = 0,
     dtype: str | None = None,  # of matrix products; None: bfloat16 on a GPU, float16 on one without it, float32 on a CPU
     look=None,               # look(step, loss), called after each step on the first card
+    trust_remote_code: bool = False,  # as in `scale.needs`; the code goes along into out
 ) -> Path:
     """Fine-tune on conversations, on one card or under `accelerate launch` on many (weights sharded by FSDP2); returns out. What is interrupted
     goes on with the same call. Raises CheckpointError for bad data (with its line), settings that do not fit, or a folder that is taken."""
@@ -186,7 +188,7 @@ def finetune(
     from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_with_min_lr_schedule_with_warmup
     from qkrestore_nb.hypenet import HypeNetForCausalLM, compile_layers
     from qkrestore_nb.scale import _config
-    found = _config(checkpoint)
+    found = _config(checkpoint, trust_remote_code)
     kept = found.dtype or torch.float32  # out has the format that pre has, so that one can be restored from the other
     cuda = torch.cuda.is_available()
     dtype = dtype or pick_profile().dtype
@@ -203,9 +205,9 @@ def finetune(
     if accelerator.is_main_process:
         run.mkdir(exist_ok=True)
         (run / "recipe.json").write_text(json.dumps(recipe, indent=1))
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     set_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype) if rank and cuda else torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype) if rank and cuda else torch.float32, trust_remote_code=trust_remote_code)
     config = model.config
     if rank:
         from peft import LoraConfig, get_peft_model
@@ -269,6 +271,7 @@ def _finish(accelerator, model, config, dtype, tokenizer, run, out, rank, recipe
         part = run / "out"
         shutil.rmtree(part, ignore_errors=True)
         inner = accelerator.unwrap_model(model)
+        inner.__class__ = next(c for c in type(inner).__mro__ if not c.__name__.startswith("FSDP"))  # a model's own code is saved by its class, and FSDP's stands in no file of it
         once = {n for named in (inner.named_parameters, inner.named_buffers) for n, _ in named()}  # a tied head has the embedding's name alone
         weights = {k: v for k, v in weights.items() if k in once}
         config.dtype = dtype

@@ -16,22 +16,33 @@ from .families import layer_kinds, text_config
 from .prose import prompt, prose_test, score
 
 # %% ../nbs/13_hypenet_at_scale.ipynb #cb66add7
-def _config(checkpoint):
+def _unread(checkpoint, e: Exception, what: str) -> CheckpointError:
+    "The sentence for what transformers will not read."
+    if "trust_remote_code" in str(e):
+        return CheckpointError(f"{checkpoint} brings model code of its own: trust_remote_code=True (--trust-remote-code) runs that code on this machine, so pass it only if you trust who wrote it")
+    first, *more = str(e).strip().splitlines() or [type(e).__name__]
+    return CheckpointError(f"{checkpoint} {what}: {' '.join([first, *more[:first.endswith(':')]])}")
+
+
+def _config(checkpoint, trust_remote_code: bool = False):
     "The config of a model, a folder, a hub id; a config is handed through."
     from transformers import AutoConfig, PreTrainedConfig
     from qkrestore_nb import hypenet  # registers the family
     if isinstance(checkpoint, PreTrainedConfig): return checkpoint
     if hasattr(checkpoint, "config"): return checkpoint.config
     if Path(checkpoint).is_dir(): read_config(Path(checkpoint))  # says what is wrong with the folder
-    try: return AutoConfig.from_pretrained(checkpoint)
-    except (OSError, ValueError) as e: raise CheckpointError(f"{checkpoint} is no checkpoint that transformers can read: {str(e).splitlines()[0]}") from e
+    try: return AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    except Exception as e: raise _unread(checkpoint, e, "is no checkpoint that transformers can read") from e  # a config's own code may raise anything
 
 
 def _parameters(config) -> tuple[int, int]:
     "All parameters, and those of the embedding."
     import torch
     from transformers import AutoModelForCausalLM
-    with torch.device("meta"): model = AutoModelForCausalLM.from_config(config)
+    trusted = config._auto_class is not None  # its class came with a checkpoint, and whoever loaded it has let that code run
+    try:
+        with torch.device("meta"): model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+    except Exception as e: raise _unread(config.name_or_path or config.model_type, e, "is no causal language model that transformers can build") from e
     return sum(p.numel() for p in model.parameters()), model.get_input_embeddings().weight.numel()
 
 
@@ -39,16 +50,18 @@ def needs(
     checkpoint,             # a folder, a hub id, a config or a model
     T: int = 131072,        # tokens of the longest text
     chunk: int = 16384,     # tokens read at a time
+    trust_remote_code: bool = False,  # run the code that lies beside the weights, where a model brings its own
 ) -> dict:
     """What reading T tokens takes in bfloat16, from the config alone: parameters, GB of disk, of weights, keys and values, states and
     work, their total, and the FLOPs of one reading. Raises CheckpointError for a config that cannot be read."""
-    config = _config(checkpoint)
+    config = _config(checkpoint, trust_remote_code)
     c = text_config(config.to_dict())
     layers = layer_kinds(config.to_dict())
     total, embedding = _parameters(config)
     H, d = c["num_attention_heads"], c["hidden_size"]
     n_kv, D = c.get("num_key_value_heads") or H, c.get("head_dim") or d // H
-    seen = sum(dict(softmax=T, swa=min(T, c.get("sliding_window") or T)).get(kind, 0) for kind in layers)
+    window = c.get("sliding_window") or (c.get("efficient_attention_config") or {}).get("swa", {}).get("window_size") or T  # Jet-Nemotron keeps it there
+    seen = sum(dict(softmax=T, swa=min(T, window)).get(kind, 0) for kind in layers)
     states = sum(kind == "linear" for kind in layers) * (c.get("lightning_nh") or 0) * (c.get("lightning_head_dim") or 0) ** 2
     gb = dict(disk=2 * total, weights=2 * total, kv=4 * n_kv * D * seen, states=4 * states,
               work=2 * min(chunk, T) * (2 * (c.get("intermediate_size") or 4 * d) + 8 * max(d, H * D)))
@@ -71,13 +84,14 @@ def load(
     T: int = 4096,           # tokens of the longest text that it shall read
     device: str | None = None,  # None: cuda where there is one
     dtype=None,              # None: bfloat16 on a GPU, float16 on one older than sm_80, float32 on a CPU
+    trust_remote_code: bool = False,  # as in `needs`
 ) -> tuple:
     "Model and tokenizer, ready to be asked. Raises CheckpointError where memory is too small, with what fits, or where the checkpoint cannot be loaded."
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or getattr(torch, pick_profile().dtype if device.startswith("cuda") else "float32")
-    config, free = _config(checkpoint), room_gb(device)
+    config, free = _config(checkpoint, trust_remote_code), room_gb(device)
     n = needs(config, T)
     factor = torch.finfo(dtype).bits / 16
     if factor * n["total_gb"] > free:
@@ -91,9 +105,9 @@ def load(
         warnings.warn(f"{T:,} tokens are more than max_position_embeddings = {most:,}: " +
                       ("positions beyond it were never trained" if rope else "the softmax layers have no positions and scale their logits, so this is meant to work"))
     try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    except (OSError, ValueError) as e: raise CheckpointError(f"{checkpoint} cannot be loaded: {str(e).splitlines()[0]}") from e
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, trust_remote_code=trust_remote_code).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as e: raise _unread(checkpoint, e, "cannot be loaded") from e
     return model, tokenizer
 
 # %% ../nbs/13_hypenet_at_scale.ipynb #15d34f44

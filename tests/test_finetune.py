@@ -66,7 +66,7 @@ if dies == "1" and os.environ["RANK"] == "1":
         if len(calls) == 8: os._exit(9)  # in the fourth step
         return ask(*args)
     ft.summed_loss = summed_loss
-ft.finetune(pre, data, out, steps=6, T=128, rows=4, lr=3e-3, every=2)
+ft.finetune(pre, data, out, steps=6, T=128, rows=4, lr=3e-3, every=2, trust_remote_code=True)
 """
 
 

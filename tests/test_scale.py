@@ -88,7 +88,7 @@ def test_a_long_text_is_noted(folder):
 
 def test_what_is_no_checkpoint(tmp_path, monkeypatch):
     from transformers import AutoConfig
-    def missing(*_): raise OSError("no such repository\nand much more")
+    def missing(*_, **__): raise OSError("no such repository\nand much more")
     monkeypatch.setattr(AutoConfig, "from_pretrained", missing)
     for look in (scale.needs, scale.load):
         with pytest.raises(CheckpointError, match="config.json"): look(tmp_path)
