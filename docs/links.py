@@ -1,12 +1,13 @@
 """Every link of the built site, followed without a browser: `python docs/links.py` counts them and says which lead nowhere.
 
-Links and anchors inside the site must exist, links into this repository must name a file that is here; others are judged by their form only."""
+Links and anchors inside the site must exist, links from outside into this repository or its site must name a file that is here; others are
+judged by their form only."""
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from prepare import ROOT, repository, settings
+from prepare import ROOT, addresses, settings
 
 PLACEHOLDERS = ("example.com", "example.org", "example.net", "localhost", "127.0.0.1", ".test", ".invalid", ".example", ".local")
 FILES = {"link": "href", "img": "src", "script": "src"}
@@ -37,10 +38,12 @@ def outside(link: str) -> str | None:
     if url.scheme not in ("http", "https"): return f"scheme {url.scheme}"
     if any(c.isspace() for c in link) or "." not in host: return "malformed"
     if host.endswith(PLACEHOLDERS): return "a placeholder"
-    ours, branch = f"{repository()}/", settings()["branch"]
-    if link.startswith(ours):
-        kind, _, path = unquote(url.path).split("/", 3)[3].partition(f"/{branch}/")
-        if kind in ("blob", "tree") and not (ROOT / path).exists(): return "no such file in this repository"
+    at, path = addresses(), unquote(url.path)
+    for start in (at["file"], at["file"].replace("/blob/", "/tree/"), at["raw"]):
+        if link.startswith(start) and not (ROOT / path.removeprefix(urlsplit(start).path)).exists(): return "no such file in this repository"
+    if link.startswith(at["site"]):
+        name = path.removeprefix(urlsplit(at["site"]).path) or "index.html"
+        if not (ROOT / "nbs" / name).with_suffix(".ipynb").exists(): return "no notebook of this name"
 
 
 def inside(site: Path, name: str, link: str, pages: dict[str, Page]) -> str | None:

@@ -1,7 +1,8 @@
 """Turn the notebooks into pages for Sphinx: nbs/*.ipynb -> docs/pages/*.ipynb, with a contents tree and a list of everything exported.
 
 What a reader of the site need not see goes, nbdev's directives become myst-nb's tags, an exported function is shown as its entry
-(signature, parameters) with the source folded below, and its name in prose becomes a link. Nothing is executed."""
+(signature, parameters) with the source folded below, its name in prose becomes a link, and the cell below a figure its caption.
+Nothing is executed."""
 import ast
 import configparser
 import re
@@ -12,6 +13,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 KNOWN = {"default_exp", "export", "hide", "slow", "gpu", "eval", "echo", "code-fold", "fig-alt"}
+CAPTION = "**Figure.** "  # begins the cell below a figure
 FENCE = re.compile(r"(^```.*?^```[^\n]*$)", flags=re.M | re.S)
 
 
@@ -21,10 +23,15 @@ def settings() -> configparser.SectionProxy:
     return ini["DEFAULT"]
 
 
-def repository() -> str:
-    "The address that settings.ini gives."
+def addresses() -> dict[str, str]:
+    "Where things are, from user, repo and branch in settings.ini: the repository, its files as pages and as they are, the site. No other place makes an address."
     ini = settings()
-    return f"https://github.com/{ini['user']}/{ini['repo']}"
+    home = f"https://github.com/{ini['user']}/{ini['repo']}"
+    return dict(repository=home, file=f"{home}/blob/{ini['branch']}/", raw=f"https://raw.githubusercontent.com/{ini['user']}/{ini['repo']}/{ini['branch']}/",
+                site=f"https://{ini['user']}.github.io/{ini['repo']}/")
+
+
+def repository() -> str: return addresses()["repository"]
 
 
 def directives(source: str) -> tuple[dict[str, str], str]:
@@ -100,15 +107,23 @@ def code_cell(cell, module: str | None, heading: str) -> list:
     return ([nbformat.v4.new_markdown_cell(entries(module, names, source), id=f"api-{cell.id}")] if names else []) + [cell]
 
 
+def is_figure(cell) -> bool:
+    "Whether readers see a picture below this cell."
+    return (cell.cell_type == "code" and "hide" not in directives(cell.source)[0]
+            and any(kind.startswith("image/") for o in cell.outputs for kind in o.get("data", {})))
+
+
 def page(nb, names: dict[str, list[str]], blob: str):
     "A notebook as readers of the site see it. `blob`: where files beside the notebooks are shown."
-    module, heading, cells = module_of(nb), "", []
+    module, heading, figure, cells = module_of(nb), "", None, []
     for cell in nb.cells:
         if cell.cell_type == "code": cells += code_cell(cell, module, heading)
         elif cell.cell_type == "markdown":
             heading = (re.findall(r"^#+ +(.+)$", FENCE.sub("", cell.source), flags=re.M) or [heading])[-1]
             cell.source = relink(marked(link_symbols(cell.source, names, module)), lambda t: blob + t[3:] if t.startswith("../") else t)
-            cells.append(cell)
+            if figure and cell.source.startswith(CAPTION): figure.metadata["mystnb"]["figure"] = {"caption": cell.source.removeprefix(CAPTION)}
+            else: cells.append(cell)
+        figure = cell if is_figure(cell) else None
     nb.cells, nb.metadata["language_info"] = cells, {"name": "python", "pygments_lexer": "ipython3"}
     return nb
 
@@ -127,9 +142,8 @@ def prepare(nbs: Path = ROOT / "nbs", pages: Path = ROOT / "docs" / "pages") -> 
             api.append(f"## {module_of(nb).split('.')[-1]}\n\n`{module_of(nb)}`, from [{stem}]({stem}.ipynb).\n")
             api += [f"- {{py:obj}}`{k} <{module_of(nb)}.{k}>`: {v}" for k, v in found.items()]
             for k in found: names.setdefault(k, []).append(f"{module_of(nb)}.{k}")
-    blob = f"{repository()}/blob/{settings()['branch']}/"
     index.cells.append(nbformat.v4.new_markdown_cell(tree("Chapters", list(notebooks)) + "\n\n" + tree("Reference", ["api"]), id="contents"))
-    for stem, nb in {"index": index, **notebooks}.items(): nbformat.write(page(nb, names, blob), pages / f"{stem}.ipynb")
+    for stem, nb in {"index": index, **notebooks}.items(): nbformat.write(page(nb, names, addresses()["file"]), pages / f"{stem}.ipynb")
     (pages / "api.md").write_text("\n".join(api) + "\n")
 
 

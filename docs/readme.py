@@ -1,6 +1,7 @@
 """README.md from nbs/index.ipynb: `python docs/readme.py` writes it, `--check` says whether it is in step, `--commands` prints its two set-up commands.
 
-Outputs are the committed ones. Hidden cells go, figures go to docs/images, links to notebooks lead to nbs/."""
+Outputs are the committed ones. Hidden cells go, figures go to docs/images. Links are absolute, since the package index shows this text, too:
+notebooks lead to their pages of the site, figures and other files to the repository."""
 import os
 import re
 import sys
@@ -22,7 +23,7 @@ def readme() -> tuple[str, dict[str, bytes]]:
     "The text, and the figures by file name."
     import nbformat
     from nbconvert import MarkdownExporter
-    from prepare import code_cell, relink
+    from prepare import addresses, code_cell, relink
     nb, cells = nbformat.read(ROOT / "nbs" / "index.ipynb", 4), []
     for cell in nb.cells:
         cells += code_cell(cell, None, "before, after and restored") if cell.cell_type == "code" else [cell]
@@ -33,7 +34,12 @@ def readme() -> tuple[str, dict[str, bytes]]:
     alts = iter([c.metadata["mystnb"]["image"]["alt"] for c in nb.cells if c.cell_type == "code"
                  for o in c.outputs if any(k.startswith("image/") for k in o.get("data", {}))])
     text = re.sub(r"!\[(?:png|svg|jpeg)\]\(docs/images/", lambda m: f"![{next(alts)}](docs/images/", text)
-    text = relink(text, lambda t: t if t.startswith("docs/images/") else os.path.normpath(f"nbs/{t}"))
+    at = addresses()
+    def target(link):
+        if link.startswith("docs/images/"): return at["raw"] + link
+        if m := re.fullmatch(r"(\w+)\.ipynb(#.*)?", link): return f"{at['site']}{m[1]}.html{m[2] or ''}"
+        return at["file"] + os.path.normpath(f"nbs/{link}")
+    text = relink(text, target)
     text = re.sub(r"[ \t]+$", "", text, flags=re.M)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", {Path(k).name: v for k, v in resources["outputs"].items()}
 

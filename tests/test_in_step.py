@@ -9,11 +9,17 @@ import sys
 import tomllib
 from pathlib import Path
 
+import nbformat
 import pytest
+from markdown_it import MarkdownIt
 
 import qkrestore_nb
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "docs"))
+from links import Page, outside
+from prepare import CAPTION, addresses, is_figure, settings
+
 BIN = Path(sys.executable).parent
 
 
@@ -85,6 +91,62 @@ def test_readme(copy):
     assert check() == 0, "run python docs/readme.py"
     with open(copy / "README.md", "a") as f: f.write("more\n")
     assert check() == 1
+
+
+def wrong_links(text: str, folder: Path) -> list[str]:
+    "Links and images of a README that lead nowhere from the package index: relative ones, and those to files and pages that are not there."
+    (folder / "readme.html").write_text(MarkdownIt().enable("table").render(text))
+    page = Page(folder / "readme.html")
+    return [link for link in page.links + page.files if outside(link) and not link.startswith("#")]
+
+
+def test_links_of_the_readme(tmp_path):
+    text = (ROOT / "README.md").read_text()
+    assert wrong_links(text, tmp_path) == []
+    at = addresses()
+    assert text.count(f"]({at['site']}") > 20 and f"]({at['raw']}docs/images/" in text  # not because there are none
+
+
+def test_link_check_of_the_readme_can_fail(tmp_path):
+    at = addresses()
+    good = ["#use-it", "https://arxiv.org/abs/2606.11052", at["site"], f"{at['site']}08_restore.html#exercises", f"{at['file']}CITATION.cff", f"{at['raw']}docs/images/index_2_0.svg"]
+    bad = ["nbs/08_restore.ipynb", "CITATION.cff", f"{at['site']}08_restored.html", f"{at['file']}nowhere.md", f"{at['raw']}docs/images/nowhere.svg", "docs/images/index_2_0.svg"]
+    text = "\n\n".join(f"[x]({link})" for link in good + bad[:-1]) + f"\n\n![x]({bad[-1]})"
+    assert wrong_links(text, tmp_path) == bad
+
+
+def test_the_address_stands_once(copy):
+    "Another user in settings.ini, and README needs no edit by hand."
+    path, old = copy / "settings.ini", settings()["user"]
+    path.write_text(re.sub("^user = .*", f"user = {old}-2", path.read_text(), flags=re.M))
+    assert run(sys.executable, copy / "docs" / "readme.py", cwd=copy).returncode == 0
+    text = (copy / "README.md").read_text()
+    assert f"//{old}-2.github.io/" in text and f".com/{old}-2/" in text and not re.search(rf"//{old}\.github\.io/|\.com/{old}/", text)
+
+
+def without_caption(nb) -> list[str]:
+    "Figures that no caption follows, and captions that follow no figure or are more than one paragraph."
+    found = []
+    for above, cell in zip([nbformat.v4.new_markdown_cell(), *nb.cells], [*nb.cells, nbformat.v4.new_markdown_cell()]):
+        caption = cell.cell_type == "markdown" and cell.source.startswith(CAPTION)
+        if is_figure(above) and not caption: found.append(f"cell {above.id} shows a figure: put a cell below it that begins with {CAPTION}and says what to see")
+        if caption and not is_figure(above): found.append(f"cell {cell.id} is a caption without a figure above it")
+        if caption and re.search(r"\n\s*\n", cell.source): found.append(f"the caption in cell {cell.id} has more than one paragraph")
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda p: p.name)
+def test_captions(path): assert without_caption(nbformat.read(path, 4)) == []
+
+
+def test_caption_check_can_fail():
+    code, text = nbformat.v4.new_code_cell, nbformat.v4.new_markdown_cell
+    picture = [nbformat.v4.new_output("display_data", {"image/svg+xml": "<svg/>", "text/plain": "<Figure>"})]
+    figure, again, said = code("plot()", outputs=picture), code("plot()", outputs=picture), text("**Figure.** Look up.")
+    def wrong(*cells): return len(without_caption(nbformat.v4.new_notebook(cells=list(cells))))
+    assert not wrong(figure, said) and not wrong(code("#| hide\nplot()", outputs=picture)) and not wrong(code("1"), text("**Figured** out."))
+    assert wrong(figure) == wrong(figure, text("And so on."), text("More.")) == wrong(text("Before."), said) == wrong(figure, text("**Figure.** One.\n\nTwo.")) == 1
+    assert wrong(figure, again, said) == 1 and wrong(figure, code("1"), said) == 2
 
 
 def problems(nb: dict) -> list[str]:

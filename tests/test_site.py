@@ -109,6 +109,7 @@ LOOK = """async () => {
     if (!e.complete || !e.naturalWidth) say('an image did not load', e)
     if (!e.closest('a, button') && (e.alt.trim().length < 20 || /^Figure: |\\.(png|svg)$/.test(e.alt))) say('an image says nothing to those who do not see it', e)
   }
+  for (const e of all('.cell_output img')) if (!e.closest('figure')?.querySelector('figcaption')?.textContent.trim()) say('a figure has no caption', e)
   const levels = all('main h1, main h2, main h3, main h4, main h5, main h6').filter(e => e.checkVisibility())
   if (levels.filter(e => e.tagName == 'H1').length != 1) say('not exactly one title')
   levels.reduce((last, e) => { if (e.tagName[1] - last > 1) say('a level of headings is left out', e); return +e.tagName[1] }, 0)
@@ -187,6 +188,7 @@ BAD = {
     "unknown macro": (r'<span class="math">\(\nosuchmacro\)</span>', "a formula has an error"),
     "missing image": ('<img src="nowhere.png" alt="A picture of nothing at all">', "did not load"),
     "alternative text": ('<img src="_static/favicon.svg" alt="Figure: a chapter of the book">', "says nothing"),
+    "caption": ('<div class="cell_output"><figure><img src="_static/favicon.svg" alt="The sign of this book, large" width="60"></figure></div>', "has no caption"),
     "two titles": ("<h1>Again</h1>", "not exactly one title"),
     "level left out": ("<h3>Below nothing</h3>", "a level of headings"),
     "contrast": ('<p style="color: #bbb; background: #fff">pale</p>', "axe, color-contrast"),
