@@ -6,7 +6,7 @@ unconverted model in our classes), then for each seed sft-N, repair-N (every var
 and soft-N (the softmax control). A stage that is done is passed over; one that is interrupted goes on where its last save was; stages that do not
 wait for each other may run side by side in processes of their own. RUNS holds weights and texts, OUT gets one json a stage.
 
-Profiles: gpu (an H100: about an hour), colab (a T4: fine-tunes and repairs a hybrid that --hybrid names, once), cpu (up to align in half an hour on
+Profiles: gpu (an H100; not run to its end yet), colab (a T4: fine-tunes and repairs a hybrid that --hybrid names, once), cpu (up to align in half an hour on
 two cores), tiny (random weights, to see that the path works)."""
 import argparse
 import json
