@@ -33,7 +33,9 @@ models = dict(  # what a model changes of model_fields
     softmax7m=dict(_softmax_at(*range(8)), attn_use_rope=True))  # without recurrent layers something else has to know the order
 
 sfts = dict(  # what fine-tuning changes; the first one makes post, and every rival of QK-Restore is made of it
-    cot={}, direct=dict(answer="direct"), frozen=dict(qk_rate=0.), long=dict(answer="long"), slow=dict(qk_rate=.1), lora=dict(rank=16))
+    cot={}, direct=dict(answer="direct"), frozen=dict(qk_rate=0.), long=dict(answer="long"), slow=dict(qk_rate=.1), lora=dict(rank=16),
+    held=dict(names="MDH"), **{f"order{k}": dict(names="M", order=k) for k in (1, 2, 4, 8)},  # a kind of chain held out; chapter 10b
+    **{f"long{k}": dict(answer="long", order=k) for k in (4, 16)})
 
 main_variants = ("pre", "post", "restored", "vo", "interpolated 0.9", "q", "k")
 more_variants = ("v", "o", "qk and norms", "softmax layers' gates", "qk of linear layers", "vo of linear layers", "qk of all layers", "first linear mixer",
@@ -217,7 +219,8 @@ def finetune(
             qk = planned_tensors(model.config.to_dict())
             rate = lambda n: choice["qk_rate"] if n in qk else 1.
         if name == "cot": probe(0, model.eval())
-        log = train(model, partial(sft_batch, seed=seed, answer=choice.get("answer", "cot"), **recipe["sft_data"]), **how, file=out / f"{folder}.pt",
+        data = {k: v for k, v in choice.items() if k not in ("rank", "qk_rate")}
+        log = train(model, partial(sft_batch, seed=seed, **data, **recipe["sft_data"]), **how, file=out / f"{folder}.pt",
                     every=recipe["probe"], look=probe if name == "cot" else None, label=f"fine-tuning ({name})", rate=rate, **_means(profile))
         save(model.merge_and_unload() if "rank" in choice else model, out / folder)
         return log

@@ -15,13 +15,12 @@ _product = _rng.integers(0, 10, (10, 10))                        # what * means:
 _recode = np.stack([_rng.permutation(10) for _ in range(10)])    # D: clue, digit -> digit
 
 
-def _machine_problem(rng, n, rules):
-    "M: three digits, a rule; each step replaces every digit by table[digit, its right neighbour]. The state is all one needs: Markov."
-    rule, state = rng.integers(rules), rng.integers(0, 10, 3)
-    question, steps = [token_id[f"r{rule + 1}"], *digits[state]], []
-    for _ in range(n):
-        state = _machine[rule, state, np.roll(state, -1)]
-        steps.append([*digits[state]])
+def _machine_problem(rng, n, rules, order=1):
+    "M: three digits, a rule; each step replaces every digit by table[digit, its right neighbour]. The state `order` steps before is all one needs: Markov."
+    rule, states = rng.integers(rules), list(rng.integers(0, 10, (order, 3)))
+    question = [token_id[f"r{rule + 1}"], *digits[np.concatenate(states)]]
+    for _ in range(n): states.append(_machine[rule, states[-order], np.roll(states[-order], -1)])
+    steps = [[*digits[state]] for state in states[order:]]
     return question, steps, steps[-1], []
 
 
@@ -59,12 +58,14 @@ def problem(
     n: int,            # steps, 1 to 8
     cot: bool = True,  # True: THINK and every step before the answer; False: the answer at once
     rules: int = 4,    # how many of M's four rules may be drawn
+    order: int = 1,    # of M: how many steps back the state stands that a step reads; the question names the first `order` states
 ) -> tuple[list[int], list[bool]]:
     """One problem with its worked solution: ids, and which of them a model has to get right (those of the response
-    that can be known). Raises ValueError for an unknown task or a number of steps outside 1 to 8."""
+    that can be known). Raises ValueError for an unknown task, a number of steps outside 1 to 8, or an order that a task has not."""
     if task not in tasks: raise ValueError(f"no task is called {task!r}: choose from {', '.join(tasks)}")
     if not 1 <= n <= 8: raise ValueError(f"a chain has 1 to 8 steps, not {n}")
-    question, steps, answer, random = tasks[task](rng, n, rules)
+    if order < 1 or order > 1 and task != "M": raise ValueError(f"chains of {task} have no order {order}: an order above 1 is for M")
+    question, steps, answer, random = tasks[task](rng, n, rules, **(dict(order=order) if order > 1 else {}))
     ids = [token_id[task], token_id[f"#{n}"], *question]
     known = [False] * len(ids)
     if cot:

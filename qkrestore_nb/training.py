@@ -58,9 +58,9 @@ def _value_rows(rng, B, T, **kwargs):
     return _weighted(values_and_hops(rng, essay(rng, B, T), **kwargs))
 
 
-def _problem_rows(rng, B, T, names, cot=True, most=2, rules=2, one=False):
+def _problem_rows(rng, B, T, names, cot=True, most=2, rules=2, one=False, order=1):
     "Problems of the named tasks with 1 to `most` steps."
-    stream = (problem(rng, str(rng.choice(names)), int(rng.integers(1, most + 1)), cot, rules) for _ in iter(int, 1))
+    stream = (problem(rng, str(rng.choice(names)), int(rng.integers(1, most + 1)), cot, rules, order) for _ in iter(int, 1))
     ids, known = pack(stream, B, T, one)
     return ids, known.astype(float)
 
@@ -99,18 +99,17 @@ def pretraining_batch(
 _phrases = np.random.default_rng(2).integers(0, 178, (178, 4))  # four words may follow each word of small talk
 
 
-def _small_talk(rng, B, T):
-    "A question, then up to 60 words in which each depends on the one before it alone: long answers without a chain of thought."
+def _small_talk(rng, B, T, order=1):
+    "A question, then up to 60 words in which each depends on the one `order` words before it alone: long answers without a chain of thought."
     known = np.concatenate([digits, letters, keys, ids_of("#0", 8)])
     ids, weights = np.full((B, T), token_id["PAD"]), np.zeros((B, T))
     for b in range(B):
         question = problem(rng, str(rng.choice(["M", "A", "D", "H"])), int(rng.integers(1, 9)), cot=False)
         ask = [i for i, k in zip(*question) if not k][:16]
-        n, word = int(rng.integers(8, 61)), int(rng.integers(178))  # 34 on average, as chains have
-        ids[b, :len(ask)] = ask
-        for t in range(len(ask), len(ask) + n):
-            ids[b, t], weights[b, t] = known[word], 1
-            word = int(_phrases[word, rng.integers(4)])
+        n, said = int(rng.integers(8, 61)), list(rng.integers(178, size=order))  # 34 on average, as chains have; all but one of the first words weigh nothing
+        for _ in range(n): said.append(_phrases[said[-order], rng.integers(4)])
+        end = len(ask) + order - 1 + n
+        ids[b, :end], weights[b, end - n:end] = [*ask, *known[said[:-1]]], 1
     return ids, weights
 
 
@@ -120,12 +119,14 @@ def sft_batch(
     rows: int = 128,
     T: int = 112,        # tokens a row: the longest problem has 109, nothing here looks further back
     answer: str = "cot",  # "cot"; "direct": the answer at once; "long": as many words as a chain has, without a thought
+    names: str = "MADH",  # of the tasks
+    order: int = 1,       # how far back everything depends: steps in a chain (of M alone), words in a long answer
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Problems of all four tasks, all rules and 1 to 8 steps, one a row; only the response has weight. Direct answers are short: as many
+    """Problems of the named tasks, all rules and 1 to 8 steps, one a row; only the response has weight. Direct answers are short: as many
     problems as fit share a row, so that every kind of answer has about 35 tokens with weight a row. ids and weights (rows, T)."""
     rng = np.random.default_rng([seed, 1, step])
-    if answer == "long": ids, weights = _small_talk(rng, rows, T)
-    else: ids, weights = _problem_rows(rng, rows, T, ["M", "A", "D", "H"], answer == "cot", most=8, rules=4, one=answer == "cot")
+    if answer == "long": ids, weights = _small_talk(rng, rows, T, order)
+    else: ids, weights = _problem_rows(rng, rows, T, list(names), answer == "cot", most=8, rules=4, one=answer == "cot", order=order)
     return torch.from_numpy(ids), torch.from_numpy(weights).float()
 
 # %% ../nbs/06_training.ipynb #b5e3aede
