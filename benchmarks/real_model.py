@@ -2,8 +2,8 @@
 
 Stages, in order: questions (what every model is asked), layers (which softmax layers stay), teacher (its recall and word problems), texts-N (drawn
 from it), align, distil, long (distilling on longer texts), hybrid (its recall), range (how far gradients of chains and of chat reach), soft (the
-unconverted model in our classes), then for each seed sft-N, repair-N (every variant), chat-N (the control without chains), lora-N (with an adapter)
-and soft-N (the softmax control). A stage that is done is passed over; one that is interrupted goes on where its last save was; stages that do not
+unconverted model in our classes), nope, nope-long, nope-hybrid (the last three again without RoPE in the softmax layers, as HypeNet has it), then for each seed sft-N, repair-N (every variant), chat-N (the control without chains), lora-N (with an adapter)
+soft-N (the softmax control) and nope-N. A stage that is done is passed over; one that is interrupted goes on where its last save was; stages that do not
 wait for each other may run side by side in processes of their own. RUNS holds weights and texts, OUT gets one json a stage.
 
 Profiles: gpu (an H100; not run to its end yet), colab (a T4: fine-tunes and repairs a hybrid that --hybrid names, once), cpu (up to align in half an hour on
@@ -54,7 +54,7 @@ class Run:
         self.tokenizer = AutoTokenizer.from_pretrained(self.pre)
 
     def teacher(self): return AutoModelForCausalLM.from_pretrained(self.pre, dtype=torch.float32).to(self.device).eval().requires_grad_(False)
-    def load(self, name): return AutoModelForCausalLM.from_pretrained(self.runs / name, dtype=torch.float32).to(self.device)
+    def load(self, name, **config): return AutoModelForCausalLM.from_pretrained(self.runs / name, dtype=torch.float32, **config).to(self.device)
     def half(self, model): return model.to(getattr(torch, self.dtype)).eval()
     def json(self, name): return json.loads((self.out / f"{name}.json").read_text())
     def at_once(self): return 65536 if self.device == "cuda" else 4096  # tokens
@@ -218,7 +218,10 @@ def tuned(run, base, kind, seed) -> Path:
 def before(run, base) -> dict:
     "What a model says before any fine-tuning: asked once for all pairs."
     kept = run.runs / f"{base}.scores.json"
-    if not kept.exists(): kept.write_text(json.dumps(asked(run, run.load(base))))
+    if not kept.exists():
+        part = kept.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps(asked(run, run.load(base))))
+        part.rename(kept)
     return json.loads(kept.read_text())
 
 
@@ -251,13 +254,16 @@ def stages(run) -> dict:
                 align=lambda run: trained(run, "align", lambda t: distill.convert(t, distill.choose_layers(run.json("layers")["rows"], r["keep"])), distill.align, calibrated=True, **r["align"]),
                 distil=lambda run: trained(run, "distil", lambda t: run.load("align"), distill.distil, **r["distil"]),
                 long=lambda run: trained(run, "long", lambda t: run.load("distil"), distill.distil, **r["long"]),
-                hybrid=lambda run: dict(scores=dict(pre=before(run, "long"))), range=reach, soft=softened)
+                hybrid=lambda run: dict(scores=dict(pre=before(run, "long"))), range=reach, soft=softened,
+                nope=lambda run: trained(run, "nope", lambda t: run.load("align", attn_use_rope=False, attn_logits_scaling="hype 500"), distill.distil, **r["distil"]),
+                **{"nope-long": lambda run: trained(run, "nope-long", lambda t: run.load("nope"), distill.distil, **r["long"]), "nope-hybrid": lambda run: dict(scores=dict(pre=before(run, "nope-long")))})
     for n in range(r["seeds"]):
         made[f"sft-seed{n}"] = lambda run, n=n: dict(post=tuned(run, "long", "problems", n).name)
         made[f"repair-seed{n}"] = lambda run, n=n: repair(run, "long", "problems", n, r["variants"])
         made[f"chat-seed{n}"] = lambda run, n=n: repair(run, "long", "chat", n, r["few"])
         made[f"lora-seed{n}"] = lambda run, n=n: repair(run, "long", "lora", n, r["few"])
         made[f"soft-seed{n}"] = lambda run, n=n: repair(run, "soft", "problems", n, r["few"])
+        made[f"nope-seed{n}"] = lambda run, n=n: repair(run, "nope-long", "problems", n, r["few"])
     return made
 
 
