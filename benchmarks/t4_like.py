@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import queue
+import runpy
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MINUTES, LONGER, GB = 5, {"10_amnesia.ipynb": 25, "experiment": 25}, 15
+MINUTES, LONGER = 5, {"10_amnesia.ipynb": 25, "experiment": 25}
+GB = runpy.run_path(str(ROOT / "benchmarks" / "t4" / "sitecustomize.py"))["GB"]  # under another name it restricts nothing
 RUN = """
 import os, sys
 os.sched_setaffinity(0, {int(c) for c in sys.argv[1].split(",")})
@@ -51,11 +53,11 @@ if torch.cuda.is_available():
                  fla=tried(lambda: linear_attention_triton(*triple, decay)), gb_14=tried(lambda: torch.empty(14 * 10**9, dtype=torch.int8, device="cuda")), gb_16=tried(lambda: torch.empty(16 * 10**9, dtype=torch.int8, device="cuda")))
 print(json.dumps(seen))
 """
-RESTRICTIONS = ["torch.cuda says sm_75 and 15 GB (is_bf16_supported: yes by emulation, as on a T4); those who compile for the GPU are told the truth",
-                "a process that reserves more than 15 GB runs out of memory", "on the GPU matrix products, fused attention and convolutions in bfloat16 are errors, in autocast, in compiled code and backward too",
+RESTRICTIONS = [f"torch.cuda says sm_75 and {GB} GB (is_bf16_supported: yes by emulation, as on a T4); those who compile for the GPU are told the truth",
+                f"a process that reserves more than {GB} GB runs out of memory", "on the GPU matrix products, fused attention and convolutions in bfloat16 are errors, in autocast, in compiled code and backward too",
                 "launching a kernel of flash-linear-attention is an error", "attention without FlashAttention's and cuDNN's kernels", "no TF32", "os.cpu_count says how many cores the process has"]
 NOT_IMITATED = ["the speed of a T4 (65 TFLOP/s in float16, 320 GB/s) and of Colab's two cores", "its shared memory, 64 KiB a multiprocessor: a kernel that needs more would fail there",
-                "machine code for sm_75: compilers make it for the GPU that is there", "sums and single operations in bfloat16, which a T4 emulates, are let pass", "two processes of one notebook share one GPU's memory there and have 15 GB each here"]
+                "machine code for sm_75: compilers make it for the GPU that is there", "sums and single operations in bfloat16, which a T4 emulates, are let pass", f"two processes of one notebook share one GPU's memory there and have {GB} GB each here"]
 
 
 def start(command: list, copy: Path, peaks: Path, cores: int) -> subprocess.CompletedProcess:

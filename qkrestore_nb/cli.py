@@ -290,8 +290,10 @@ def needs(
     """
     import json
     from qkrestore_nb.finetune import training_needs
-    from qkrestore_nb.scale import needs as count
-    n, train = count(ckpt, tokens, trust_remote_code=trust_remote_code), {str(g): training_needs(ckpt, 4096, g, trust_remote_code=trust_remote_code)["total_gb"] for g in (1, 2, 4, 8)}
+    from qkrestore_nb.scale import _config, needs as count
+    config = _config(ckpt, trust_remote_code)
+    n = count(config, tokens)
+    train = {str(g): training_needs(config, 4096, g, parameters=n["parameters"])["total_gb"] for g in (1, 2, 4, 8)}
     if as_json: return typer.echo(json.dumps(n | dict(training_gb=train)))
     typer.echo(f"{ckpt}: {n['parameters'] / 1e9:.2f} billion parameters, {n['disk_gb']:.1f} GB on disk in bfloat16\n"
                f"reading {tokens:,} tokens: {n['total_gb']:.1f} GB (weights {n['weights_gb']:.1f}, keys and values {n['kv_gb']:.1f}, states {n['states_gb']:.2f}, work {n['work_gb']:.1f}), {n['flops']:.1e} FLOPs\n"

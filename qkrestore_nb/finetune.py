@@ -110,12 +110,13 @@ def training_needs(
     gpus: int = 1,
     lora: bool = False,
     trust_remote_code: bool = False,  # as in `scale.needs`
+    parameters: int | None = None,    # of the model, where they are counted already
 ) -> dict:
     "GB on each card for fine-tuning with checkpointed activations: state (weights, gradients, moments), activations, logits, total."
     from qkrestore_nb.families import text_config
     from qkrestore_nb.scale import _config, needs
     config = _config(checkpoint, trust_remote_code)
-    c, parameters = text_config(config.to_dict()), needs(config, T)["parameters"]
+    c, parameters = text_config(config.to_dict()), parameters or needs(config, T)["parameters"]
     d, ffn, layers = c["hidden_size"], c.get("intermediate_size") or 4 * c["hidden_size"], c["num_hidden_layers"]
     whole = (gpus > 1) * (12 * parameters / layers + 8 * c["vocab_size"] * d)  # two layers and a gradient on their way, the embedding and its gradient
     state = 2 * parameters if lora else 16 * parameters / gpus + whole
@@ -150,12 +151,12 @@ def _run_folder(out: Path, recipe: dict) -> Path:
 def _check_room(config, T: int, world: int, rank: int, out: Path, cuda: bool):
     "CheckpointError where memory or the disk is too small for the run, with the numbers."
     from qkrestore_nb.scale import needs, room_gb
-    def size(cards): return training_needs(config, T, cards, bool(rank))["total_gb"]
+    parameters = needs(config, T)["parameters"]
+    def size(cards): return training_needs(config, T, cards, bool(rank), parameters=parameters)["total_gb"]
     need, free = size(world) if cuda else world * size(1), room_gb("cuda" if cuda else "cpu")
     if need > free:
         more = f"{2 * world} cards would need {size(2 * world):.0f} GB each, {4 * world} {size(4 * world):.0f}; " if cuda and not rank else ""
         raise CheckpointError(f"this takes about {need:.1f} GB of memory{' on each card' * cuda}, and {free:.1f} GB are free: {more}fewer tokens a row{'' if rank else ', or an adapter (rank 16, say),'} take less")
-    parameters = needs(config, T)["parameters"]
     disk, left = (.5 if rank else 26) * parameters / 1e9 + 4 * parameters / 1e9, shutil.disk_usage(out.resolve().parent).free / 1e9  # two states of weights and moments, and out
     if disk > left: raise CheckpointError(f"states and result take up to {disk:.1f} GB of disk, and {out.resolve().parent} has {left:.1f} GB left: make room, or choose another place")
 

@@ -90,24 +90,28 @@ def compare(
 # %% ../nbs/11b_inspect.ipynb #d4afec05
 def figure(
     seen: dict,         # what `inspect_checkpoint` or `compare` gave
-    file: str | Path,   # png, svg or pdf
+    file: str | Path,   # svg, png or pdf
 ) -> None:
     "The strip of layers and, for two checkpoints, the drift of each tensor above its layer."
     import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
     from qkrestore_nb.core import colors, plot_style
     plot_style()
     shade = dict(softmax=colors["softmax"], swa="#F6DCA6", linear=colors["linear"], conv="#C9C9C9", mlp="white")
-    drifts = [r for r in seen["tensors"] if r.get("drift") is not None and r["role"] in "qkvo"]
-    fig, ax = plt.subplots(figsize=(8, 2.6 if drifts else 1.1))
+    drifts, few = [r for r in seen["tensors"] if r.get("drift") is not None and r["role"] in "qkvo"], len(seen["kinds"]) <= 40
+    fig, ax = plt.subplots(figsize=(8, 3.2 if drifts else 1.5))
     top = 100 * max((r["drift"] for r in drifts), default=0) or 1
     for i, kind in enumerate(seen["kinds"]): ax.bar(i, -.12 * top, width=.92, color=shade[kind], edgecolor="#bbbbbb", linewidth=.5)
     for r in drifts:
         x = r["layer"] + .2 * ("qkvo".index(r["role"]) - .5)
         ax.bar(x, 100 * r["drift"], width=.18, color=colors["post"])
-        if len(seen["kinds"]) <= 40: ax.text(x, 100 * r["drift"], r["role"], ha="center", va="bottom", fontsize=7)
-    ax.set(xlabel="layer", title=f"{Path(seen['folder']).name} ({seen['family']}): " + ("relative change of what a restore would move" if drifts else "orange: softmax layers"))
-    if drifts: ax.set_ylabel("%")
+        if few: ax.text(x, 100 * r["drift"], r["role"].upper(), ha="center", va="bottom", fontsize=9)
+    ax.set(xlabel="layer", title=f"{Path(seen['folder']).name} ({seen['family']})" + ": change of what a restore would move" * bool(drifts), ylim=(-.12 * top, 1.15 * top if drifts else 0))
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    if drifts: ax.set_ylabel("relative change, %")
     else: ax.set_yticks([])
     ax.grid(axis="x", visible=False)
+    names = dict(softmax="softmax", swa="sliding window", linear="linear", conv="convolution", mlp="MLP")
+    fig.legend(handles=[Patch(fc=shade[k], ec="#bbbbbb", label=n) for k, n in names.items() if k in seen["kinds"]], loc="outside lower center", ncols=5)
     fig.savefig(file)
     plt.close(fig)

@@ -7,7 +7,7 @@ __all__ = ['needs', 'room_gb', 'load', 'bookmark', 'rewind', 'compiled_step', 'a
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 from .checkpoints import CheckpointError, read_config
@@ -53,10 +53,12 @@ def needs(
     trust_remote_code: bool = False,  # run the code that lies beside the weights, where a model brings its own
 ) -> dict:
     """What reading T tokens takes in bfloat16, from the config alone: parameters, GB of disk, of weights, keys and values, states and
-    work, their total, and the FLOPs of one reading. Raises CheckpointError for a config that cannot be read."""
+    work, their total, and the FLOPs of one reading. Raises CheckpointError for a config that cannot be read, or whose layers are of kinds not known."""
     config = _config(checkpoint, trust_remote_code)
     c = text_config(config.to_dict())
-    layers = layer_kinds(config.to_dict())
+    try: layers = layer_kinds(config.to_dict())
+    except (ValueError, TypeError) as e:  # its first sentence; what follows is about restoring by hand
+        raise CheckpointError(f"{config.name_or_path or config.model_type} cannot be counted without the kinds of its layers: {str(e).split('. ')[0]}") from e
     total, embedding = _parameters(config)
     H, d = c["num_attention_heads"], c["hidden_size"]
     n_kv, D = c.get("num_key_value_heads") or H, c.get("head_dim") or d // H
@@ -238,18 +240,19 @@ def lm_eval_scores(
     "task -> metric -> value, as lm-eval gives them. Raises CheckpointError where lm-eval is not installed."
     import tempfile
     from unittest.mock import patch
-    try:
-        import nltk
-        if essay is not None: nltk.download = lambda *_, **__: False  # asked at import; nothing of it is needed
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks.ruler import prepare_niah
-    except ImportError as e: raise CheckpointError(f'{e.name} is missing: pip install "qkrestore_nb[eval]"') from e
     from qkrestore_nb.prose import sentences
-    given, own = prepare_niah.get_haystack, lambda type_haystack: list(essay) if type_haystack == "essay" else given(type_haystack=type_haystack)
-    local: dict = {} if essay is None else dict(get_haystack=own, cached_sent_tokenize=sentences)
-    model.generation_config.prefill_chunk_size = chunk
-    with tempfile.TemporaryDirectory() as folder, patch.multiple(prepare_niah, **local) if local else nullcontext():
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        try:
+            import nltk
+            if essay is not None: stack.enter_context(patch.object(nltk, "download", lambda *_, **__: False))  # asked at import, of tasks too; nothing of it is needed
+            import lm_eval
+            from lm_eval.models.huggingface import HFLM
+            from lm_eval.tasks.ruler import prepare_niah
+        except ImportError as e: raise CheckpointError(f'{e.name} is missing: pip install "qkrestore_nb[eval]"') from e
+        given, own = prepare_niah.get_haystack, lambda type_haystack: list(essay) if type_haystack == "essay" else given(type_haystack=type_haystack)
+        if essay is not None: stack.enter_context(patch.multiple(prepare_niah, get_haystack=own, cached_sent_tokenize=sentences))
+        model.generation_config.prefill_chunk_size = chunk
         tokenizer.save_pretrained(folder)  # RULER's tasks load it themselves, to count
         most = max([*lengths, text_config(model.config.to_dict()).get("max_position_embeddings") or 0]) + 256
         got = lm_eval.simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=most), tasks=tasks, limit=limit, bootstrap_iters=0,

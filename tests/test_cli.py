@@ -38,6 +38,14 @@ def test_bad_choices(pair, tmp_path, words, capsys):
     assert sorted(os.listdir(tmp_path)) == ["post", "pre"]
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_needs_of_a_family_that_is_not_known(tmp_path, kind, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(dict(model_type=kind, vocab_size=16, hidden_size=8, num_hidden_layers=2, num_attention_heads=2)))
+    assert call("needs", tmp_path) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(f"Error: {tmp_path} cannot be counted") and f"model_type '{kind}' is not a family that is known here" in err and "--tensors" not in err and err.count("\n") == 1 and not out
+
+
 def test_wrong_words_and_no_traceback(tmp_path):
     for words in (["restore"], ["restore", "a", "b", "c", "d"], ["restroe"], ["restore", "a", "b", "c", "--fast"], ["experiment", "--profile", "laptop"]):
         done = real(*words, cwd=tmp_path)

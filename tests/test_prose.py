@@ -11,8 +11,9 @@ def ruler():
     "lm-eval's generator of needles. It asks for a download when it is imported, in vain."
     nltk = pytest.importorskip("nltk")
     pytest.importorskip("lm_eval")
-    nltk.download = lambda *_, **__: False
-    from lm_eval.tasks.ruler import niah_utils, prepare_niah
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nltk, "download", lambda *_, **__: False)
+        from lm_eval.tasks.ruler import niah_utils, prepare_niah
     return niah_utils, prepare_niah
 
 

@@ -35,9 +35,12 @@ def test_needs_count_what_a_model_holds(model, tokenizer, folder):
     assert 2 * kv == pytest.approx(1e9 * n["kv_gb"]) and 4 * states == pytest.approx(1e9 * n["states_gb"])
 
 
-def test_needs_on_the_command_line(folder, capsys):
+def test_needs_on_the_command_line(folder, capsys, monkeypatch):
+    built, count = [], scale._parameters
+    monkeypatch.setattr(scale, "_parameters", lambda config: built.append(config) or count(config))
     assert call("needs", str(folder), "--tokens", "65536") == 0
     said = capsys.readouterr().out
+    assert len(built) == 1
     assert "reading 65,536 tokens" in said and "on 8" in said and len(said.strip().splitlines()) == 3
     assert call("needs", str(folder), "--json") == 0
     assert json.loads(capsys.readouterr().out)["parameters"] == scale.needs(folder)["parameters"]
@@ -141,6 +144,22 @@ def test_lm_eval_asks_our_model(model, tokenizer):
     try: assert scale.lm_eval_scores(model, tokenizer, ["niah_single_1"], (512,), limit=2)["niah_single_1"]["512,none"] == 1
     finally: del model.generate
     assert HypeNetForCausalLM.generate is right
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_lm_eval_leaves_nltk_as_it_was(model, tokenizer, monkeypatch, wrong):
+    "With an essay nothing is downloaded meanwhile; afterwards all is as before, also where something goes wrong."
+    nltk, lm_eval = pytest.importorskip("nltk"), pytest.importorskip("lm_eval")
+    from lm_eval.tasks.ruler import prepare_niah
+    before, seen = (nltk.download, prepare_niah.get_haystack), []
+    def evaluate(*_, **__):
+        seen.append((nltk.download("punkt_tab"), prepare_niah.get_haystack("essay")))
+        if wrong: raise RuntimeError("not today")
+        return dict(results={})
+    monkeypatch.setattr(lm_eval, "simple_evaluate", evaluate)
+    try: scale.lm_eval_scores(model, tokenizer, ["niah_single_2"], (512,), essay=["a", "word"])
+    except RuntimeError: assert wrong
+    assert seen == [(False, ["a", "word"])] and (nltk.download, prepare_niah.get_haystack) == before
 
 
 # ---- other hybrids: load, a few steps of fine-tuning, restore, evaluate

@@ -7,7 +7,7 @@ import warnings
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder
 
-CAPABILITY, GB = (7, 5), 15
+CAPABILITY, GB = (7, 5), 15  # t4_like.py takes its GB from here
 PRODUCTS = ("mm", "mm.out", "bmm", "bmm.out", "addmm", "addmm.out", "addmm_", "baddbmm", "baddbmm.out", "baddbmm_", "addmv", "addmv.out", "addmv_", "dot", "_addmm_activation",
             "_addmm_activation.out", "_scaled_dot_product_efficient_attention", "cudnn_convolution", "cudnn_convolution.out", "_conv_depthwise2d", "_conv_depthwise2d.out")
 # machine code for the real GPU must be made for the real GPU: those who make it are told the truth
