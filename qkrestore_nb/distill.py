@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from .checkpoints import CheckpointError
 from .hypenet import HypeNetConfig, HypeNetForCausalLM
 from .softmax_attention import rope_angles
-from .training import train
+from .training import compiled, train
 
 # %% ../nbs/12_real_model.ipynb #a37b39d7
 def convert(
@@ -167,11 +167,8 @@ def distil(
 ) -> list[dict]:
     "Teach the student the teacher's distribution of every next token. Returns the log, whose loss is in nats."
     student.requires_grad_(True)
-    layers = teacher.model.layers if student.device.type == "cuda" else []
-    for layer in layers: layer.compile(dynamic=False)  # the student's are compiled by `train`
-    try: return train(student, batch, steps, lr, loss=partial(distance, teacher=teacher), label="distilling", **settings)
-    finally:
-        for layer in layers: layer._compiled_call_impl = None  # as it came
+    with compiled(teacher):  # `train` does the same for the student
+        return train(student, batch, steps, lr, loss=partial(distance, teacher=teacher), label="distilling", **settings)
 
 # %% ../nbs/12_real_model.ipynb #1dd1fc2f
 @contextmanager
