@@ -184,7 +184,7 @@ def test_the_whole_path(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     results = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "out").glob("*.json")}
-    assert {"questions", "layers", "teacher", "texts-0", "texts-1", "align", "distil", "long", "hybrid", "range", "soft", "sft-seed0", "repair-seed0", "chat-seed0", "lora-seed0", "soft-seed0"} == results.keys()
+    assert {"questions", "layers", "teacher", "texts-0", "texts-1", "align", "distil", "long", "hybrid", "range", "soft", "sft-seed0", "repair-seed0", "chat-seed0", "lora-seed0", "soft-seed0", "nope", "nope-long", "nope-hybrid", "nope-seed0"} == results.keys()
     for r in results.values(): assert {"seed", "config", "versions", "device", "wall_s"} <= r.keys()
     assert set(results["repair-seed0"]["scores"]) == {"pre", "post", "restored"} and not list((tmp_path / "runs").glob("*.part"))
     again = subprocess.run([*script, str(tmp_path / "runs2"), str(tmp_path / "out2"), "--profile", "tiny", "--hybrid", str(tmp_path / "runs" / "long")], capture_output=True, text=True, env=env, timeout=300)
