@@ -6,8 +6,8 @@ unconverted model in our classes), nope, nope-long, nope-hybrid (the last three 
 soft-N (the softmax control) and nope-N. A stage that is done is passed over; one that is interrupted goes on where its last save was; stages that do not
 wait for each other may run side by side in processes of their own. RUNS holds weights and texts, OUT gets one json a stage.
 
-Profiles: gpu (an H100; not run to its end yet), colab (a T4: fine-tunes and repairs a hybrid that --hybrid names, once), cpu (up to align in half an hour on
-two cores), tiny (random weights, to see that the path works)."""
+Profiles: gpu (H100; two of them, busy with this and other benchmarks, came in 28 minutes to the hybrids and most of three seeds), colab (a T4: fine-tunes and
+repairs a hybrid that --hybrid names, once; not run there), cpu (up to align in half an hour on two cores), tiny (random weights, to see that the path works)."""
 import argparse
 import json
 import os
@@ -35,7 +35,7 @@ GPU = dict(keep=8, layers=dict(T=512, window=64, texts=16, answers=128), texts=d
            variants=["post", "restored", "pre", "vo", "interpolated 0.9", "qk of all layers", "qk of linear layers", "q", "k", "v", "o", "pro head 1", "first linear mixer", "pro input 1", "interpolated 0.75",
                      "all mixers", "MLPs", "LiNeS 0.8", "pro head 0.1", "pro input 0.1", "drift alone", "noise"], few=["post", "restored", "pre", "vo", "interpolated 0.9"])
 RECIPES = dict(gpu=GPU, colab=GPU | dict(recall={512: 32, 2048: 32}, tasks=64, sft=dict(steps=150, T=2048, rows=8, lr=3e-4), seeds=1, variants=GPU["few"]),
-               cpu=GPU | dict(texts=dict(files=1, n=64, T=256, rows=64), tokens=2048, align=GPU["align"] | dict(steps=80, warmup=8)),
+               cpu=GPU | dict(recall={512: 64, 1024: 64}, tasks=8, problems=64, seeds=1, texts=dict(files=1, n=64, T=256, rows=64), tokens=2048, align=GPU["align"] | dict(steps=80, warmup=8)),
                tiny=GPU | dict(keep=1, layers=dict(T=600, window=8, texts=2, answers=2), texts=dict(files=2, n=32, T=64, rows=32), needles={600: 2, 800: 2}, tokens=1800, align=dict(T=600, steps=3, lr=1e-3, warmup=1),
                                distil=dict(T=700, steps=3, lr=4e-4, warmup=1), long=dict(T=900, steps=2, lr=1e-4, warmup=1), recall={600: 1}, problems=40, tasks=4, room=16,
                                sft=dict(steps=2, T=256, rows=2, lr=2e-4), seeds=1, variants=["pre", "post", "restored"], few=["pre", "post"]))
@@ -116,13 +116,14 @@ def layers(run):
 
 
 def asked(run, model) -> dict:
-    "test -> length or kind -> {correct, n}: needles by greedy decoding of the answer itself, word problems by what is said last."
+    "test -> length or kind -> {correct, n}: needles by whether the answer comes at once (correct) or at all (said), word problems by what is said last."
     model, q = run.half(model), _asked(run)
     scores = {kind: {} for kind in q["recall"]}
     for kind, by_length in q["recall"].items():
         for T, rows in by_length.items():
-            ok = [right for _, right in distill.answered(model, [(x.tolist(), n) for x, n in rows], run.at_once())]
-            scores[kind][str(T)] = dict(correct=sum(ok), n=len(ok))
+            rows = [(x.tolist(), n) for x, n in rows]
+            ok, said = [right for _, right in distill.answered(model, rows, run.at_once())], distill.spoken(model, run.tokenizer, rows, tokens=run.at_once())
+            scores[kind][str(T)] = dict(correct=sum(ok), n=len(ok), said=sum(said))
     tasks = [t for group in q["tasks"].values() for t in group]
     said = iter(solve(model, run.tokenizer, tasks, run.recipe["room"], 256))
     scores["problems"] = {name: dict(correct=sum(next(said)[0] for _ in group), n=len(group)) for name, group in q["tasks"].items()}

@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['convert', 'watched', 'calibrate', 'layer_errors', 'align', 'distance', 'distil', 'windowed', 'answered',
-           'layer_values', 'choose_layers', 'samples', 'answer_rows', 'text_batch', 'smollm2', 'sound', 'word_problems']
+           'layer_values', 'choose_layers', 'samples', 'answer_rows', 'text_batch', 'spoken', 'smollm2', 'sound',
+           'word_problems']
 
 # %% ../nbs/12_real_model.ipynb #42343a46
 import re
@@ -188,6 +189,15 @@ def windowed(
     finally: hook.remove()
 
 
+def _groups(lengths: list[int], tokens: int) -> list[list[int]]:
+    "Rows that are read at once, by number; the longest first, since it says how wide a group is."
+    groups: list = [[]]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups[-1] and (len(groups[-1]) + 1) * lengths[groups[-1][0]] > tokens: groups.append([])
+        groups[-1].append(i)
+    return [g for g in groups if g]
+
+
 @torch.no_grad()
 def answered(
     model,                              # a causal model of transformers
@@ -196,11 +206,7 @@ def answered(
 ) -> list[tuple[float, bool]]:
     "For each row, in its order: mean loss of its last tokens, and whether greedy decoding would write them all: whether each is the likeliest after those before it."
     out: dict = {}
-    groups: list = [[]]
-    for i in sorted(range(len(rows)), key=lambda i: -len(rows[i][0])):  # the longest first: it says how wide a group is
-        if groups[-1] and (len(groups[-1]) + 1) * len(rows[groups[-1][0]][0]) > tokens: groups.append([])
-        groups[-1].append(i)
-    for group in filter(None, groups):
+    for group in _groups([len(x) for x, _ in rows], tokens):
         T = len(rows[group[0]][0])
         x = torch.tensor([rows[i][0] + [0] * (T - len(rows[i][0])) for i in group], device=model.device)  # nothing looks at what comes after it
         state = model.base_model(x, use_cache=False).last_hidden_state
@@ -301,6 +307,28 @@ def text_batch(
         ids[row, T - len(x):] = torch.tensor(x)
         weights[row, T - n:] = weight
     return ids, weights
+
+# %% ../nbs/12_real_model.ipynb #b7d20e91
+@torch.no_grad()
+def spoken(
+    model,                              # a causal model of transformers
+    tokenizer,
+    rows: list[tuple[list[int], int]],  # ids, and how many of the last ones are the answer
+    room: int = 16,                     # tokens that may be said beside the answer
+    tokens: int = 8192,                 # read at once, unless a row is longer
+) -> list[bool]:
+    "For each row, in its order: whether its answer stands in what the model says next, greedily. RULER's string match (arXiv 2404.06654)."
+    from transformers import GenerationConfig
+    from qkrestore_nb.prose import score
+    prompts, out = [x[:-n] for x, n in rows], {}
+    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    for group in _groups([len(p) for p in prompts], tokens):
+        T = len(prompts[group[0]])
+        x, mask = (torch.tensor([[empty] * (T - len(prompts[i])) + full(prompts[i]) for i in group], device=model.device) for empty, full in ((pad, list), (0, lambda p: [1] * len(p))))
+        how = GenerationConfig(do_sample=False, max_new_tokens=max(rows[i][1] for i in group) + room, pad_token_id=pad)
+        for i, said in zip(group, model.generate(x, attention_mask=mask, generation_config=how)[:, T:]):
+            out[i] = score(tokenizer.decode(said, skip_special_tokens=True), [tokenizer.decode(rows[i][0][-rows[i][1]:]).strip()]) == 1
+    return [out[i] for i in range(len(rows))]
 
 # %% ../nbs/12_real_model.ipynb #d91d25cf
 def smollm2(

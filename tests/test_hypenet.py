@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM
+from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM, document_groups
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -173,6 +173,25 @@ def test_packed_documents_do_not_see_each_other(conv, attention, borders_as):
     assert_close(packed.logits, alone, atol=2e-5, rtol=0)
     grads = [torch.autograd.grad(x.sin().sum(), list(model.parameters())) for x in (packed.logits, alone)]
     for a, b in zip(*grads): assert_close(a, b, atol=1e-4 * b.abs().max().item() + 1e-6, rtol=0)
+
+
+def test_documents_are_grouped_by_length():
+    "Every token stands once in its own document's row, in order; padding at most doubles what is read; two packed rows at once are two packed rows."
+    lengths = torch.tensor([1, 200, 3, 70, 64, 65, 1, 96])
+    documents = torch.arange(8).repeat_interleave(lengths).view(2, 250)  # the third document is cut by the end of the first row
+    groups = document_groups(documents)
+    tokens = torch.cat([places.flatten()[real] for places, real in groups])
+    assert tokens.sort().values.tolist() == list(range(500)) and sum(places.numel() for places, _ in groups) <= 2 * 500
+    row = torch.arange(500) // 250
+    for places, real in groups:
+        own = torch.zeros(places.numel(), dtype=torch.bool).index_fill(0, real, True).view(places.shape)
+        for line, mine in zip(places, own):
+            assert mine[0] and (line[mine].diff() == 1).all() and len(documents.flatten()[line].unique()) == 1 and len(row[line].unique()) == 1
+    model = _tiny()
+    positions = torch.cat([torch.arange(n) for n in (1, 200, 3, 46, 24, 64, 65, 1, 96)]).view(2, 250)
+    ids = torch.randint(1, 64, (2, 250))
+    both = model(ids, position_ids=positions, use_cache=False).logits
+    for i in range(2): assert_close(both[i:i + 1], model(ids[i:i + 1], position_ids=positions[i:i + 1], use_cache=False).logits, atol=2e-5, rtol=0)
 
 
 def test_packed_documents_want_no_cache():
