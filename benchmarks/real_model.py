@@ -35,7 +35,7 @@ GPU = dict(keep=8, layers=dict(T=512, window=64, texts=16, answers=128), texts=d
            variants=["post", "restored", "pre", "vo", "interpolated 0.9", "qk of all layers", "qk of linear layers", "q", "k", "v", "o", "pro head 1", "first linear mixer", "pro input 1", "interpolated 0.75",
                      "all mixers", "MLPs", "LiNeS 0.8", "pro head 0.1", "pro input 0.1", "drift alone", "noise"], few=["post", "restored", "pre", "vo", "interpolated 0.9"])
 RECIPES = dict(gpu=GPU, colab=GPU | dict(recall={512: 32, 2048: 32}, tasks=64, sft=dict(steps=150, T=2048, rows=8, lr=3e-4), seeds=1, variants=GPU["few"]),
-               cpu=GPU | dict(recall={512: 64, 1024: 64}, tasks=8, problems=64, seeds=1, texts=dict(files=1, n=64, T=256, rows=64), tokens=2048, align=GPU["align"] | dict(steps=80, warmup=8)),
+               cpu=GPU | dict(asked="bfloat16", recall={512: 64, 1024: 64, 2048: 64}, tasks=8, problems=64, seeds=1, texts=dict(files=1, n=64, T=256, rows=64), tokens=2048, align=GPU["align"] | dict(steps=80, warmup=8)),
                tiny=GPU | dict(keep=1, layers=dict(T=600, window=8, texts=2, answers=2), texts=dict(files=2, n=32, T=64, rows=32), needles={600: 2, 800: 2}, tokens=1800, align=dict(T=600, steps=3, lr=1e-3, warmup=1),
                                distil=dict(T=700, steps=3, lr=4e-4, warmup=1), long=dict(T=900, steps=2, lr=1e-4, warmup=1), recall={600: 1}, problems=40, tasks=4, room=16,
                                sft=dict(steps=2, T=256, rows=2, lr=2e-4), seeds=1, variants=["pre", "post", "restored"], few=["pre", "post"]))
@@ -55,7 +55,7 @@ class Run:
 
     def teacher(self): return AutoModelForCausalLM.from_pretrained(self.pre, dtype=torch.float32).to(self.device).eval().requires_grad_(False)
     def load(self, name, **config): return AutoModelForCausalLM.from_pretrained(self.runs / name, dtype=torch.float32, **config).to(self.device)
-    def half(self, model): return model.to(getattr(torch, self.dtype)).eval()
+    def half(self, model): return model.to(getattr(torch, self.recipe.get("asked", self.dtype))).eval()  # as on a GPU, where answers are meant to be compared
     def json(self, name): return json.loads((self.out / f"{name}.json").read_text())
     def at_once(self): return 65536 if self.device == "cuda" else 4096  # tokens
 
