@@ -22,11 +22,14 @@ ROOT = Path(__file__).resolve().parent.parent
 MINUTES, LONGER = 5, {"10_amnesia.ipynb": 25, "experiment": 25}
 GB = runpy.run_path(str(ROOT / "benchmarks" / "t4" / "sitecustomize.py"))["GB"]  # under another name it restricts nothing
 RUN = """
-import os, sys
+import os, sys, tempfile
 os.sched_setaffinity(0, {int(c) for c in sys.argv[1].split(",")})
 import nbformat
+from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
-NotebookClient(nbformat.read(sys.argv[2], 4), timeout=1800, kernel_name="python3", resources={"metadata": {"path": "nbs"}}).execute()
+# sockets in the file system: of many kernels that start at once, two may be given the same port
+kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=tempfile.mkdtemp() + "/kernel")
+NotebookClient(nbformat.read(sys.argv[2], 4), km=kernel, timeout=1800, startup_timeout=180, resources={"metadata": {"path": "nbs"}}).execute()
 """
 EXPERIMENT = """
 import os, sys
