@@ -270,7 +270,7 @@ def prefilling() -> dict:
 
 def decoding(T: int = 32768, n: int = 64) -> dict:
     "Time per token after T tokens, beside the time to read weights, cache and states once at the bandwidth of a large copy."
-    from transformers import StaticCache
+    from qkrestore_nb.scale import static_cache
     a = torch.empty(2 ** 31, dtype=torch.uint8, device="cuda")
     copy = statistics.median(timed(lambda: a.clone(), 9))
     bandwidth = 2 * a.numel() / copy
@@ -280,7 +280,7 @@ def decoding(T: int = 32768, n: int = 64) -> dict:
     model.eval()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     ids = torch.randint(0, config.vocab_size, (1, T), device="cuda")
-    cache = StaticCache(config=config, max_cache_len=T + 2 * n + 16)
+    cache = static_cache(model, T + 2 * n + 16)
     logits, _ = prefill(model, ids, 16384, cache)
     states = sum(layer.recurrent_states[0].numel() * 4 for layer in cache.layers if hasattr(layer, "recurrent_states"))
     floor = (weights + kv_bytes(config, T) + 2 * states) / bandwidth
@@ -309,7 +309,30 @@ def decoding(T: int = 32768, n: int = 64) -> dict:
             "times the floor": {name: s / floor for name, s in medians.items()}}
 
 
-SECTIONS = {"forms": forms, "layer": layer, "cold": cold, "train": train, "prefill": prefilling, "decode": decoding}
+def decode_values() -> dict:
+    "One query against a long cache: seconds and GB/s, where the cache is a whole number of pieces of 512 values and where it is not, beside PyTorch's attention with a mask."
+    from qkrestore_nb.softmax_attention import decode_attention
+    rows = []
+    for H, S in ((16, 131072), (16, 131072 + 8), (32, 262144), (32, 262144 + 8)):
+        q = torch.randn(1, 1, H, 128, device="cuda", dtype=torch.bfloat16)
+        k, v = (torch.randn(1, 8, S, 128, device="cuda", dtype=torch.bfloat16) for _ in "kv")
+        mask = (torch.arange(S, device="cuda") < S - 64)[None, None, None]
+        scores = lambda q: q.view(1, 8, H // 8, 128) @ k.mT
+        ways = {"decode_attention": lambda q: decode_attention(q, k, v, mask), "its logits alone": scores,
+                "logits in pieces": lambda q: (q.view(1, 8, 1, H // 8, 128) @ k[:, :, :S // 512 * 512].unflatten(2, (-1, 512)).mT),
+                "logits, keys first": lambda q: k @ q.view(1, 8, H // 8, 128).mT,
+                "sdpa": lambda q: F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, enable_gqa=True)}
+        torch._dynamo.reset()
+        ways["decode_attention, captured"] = torch.compile(ways["decode_attention"], mode="reduce-overhead", fullgraph=True)
+        for name, run in ways.items():
+            s = statistics.median(timed(lambda: run(q), 20, 4))
+            rows.append(dict(H=H, S=S, way=name, seconds=s, gb_s=(1 if "logits" in name else 2) * k.numel() * 2 / s / 1e9))
+            print(rows[-1], flush=True)
+        profile(lambda: ways["decode_attention"](q))
+    return {"rows": rows}
+
+
+SECTIONS = {"forms": forms, "layer": layer, "cold": cold, "train": train, "prefill": prefilling, "decode": decoding, "decode_values": decode_values}
 
 if __name__ == "__main__":
     flash_attn_from_torch()  # before anything imports fla

@@ -18,13 +18,14 @@ import time
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qkrestore_nb import distill
 from qkrestore_nb.audit import solve
 from qkrestore_nb.core import pick_profile, provenance
-from qkrestore_nb.diagnostics import gradient_range
+from qkrestore_nb.diagnostics import autocorrelation, fit_decay, gradient_range
 from qkrestore_nb.finetune import encode_chat, finetune
 from qkrestore_nb.prose import local_text
 from qkrestore_nb.variants import variant
@@ -32,8 +33,8 @@ from qkrestore_nb.variants import variant
 GPU = dict(keep=8, layers=dict(T=512, window=64, texts=16, answers=128), texts=dict(files=2, n=8192, T=512, rows=4096), needles={512: 200, 1024: 200, 2048: 200, 4096: 100, 8192: 100},
            tokens=32768, align=dict(T=512, steps=250, lr=1e-3, warmup=20), distil=dict(T=2048, steps=1200, lr=5e-4, warmup=50), long=dict(T=8192, steps=150, lr=1e-4, warmup=10),
            recall={512: 64, 1024: 64, 2048: 64, 4096: 32, 8192: 32}, problems=20000, tasks=128, room=272, sft=dict(steps=300, T=8192, rows=2, lr=3e-4), seeds=3,
-           variants=["post", "restored", "pre", "vo", "interpolated 0.9", "qk of all layers", "qk of linear layers", "q", "k", "v", "o", "pro head 1", "first linear mixer", "pro input 1", "interpolated 0.75",
-                     "all mixers", "MLPs", "LiNeS 0.8", "pro head 0.1", "pro input 0.1", "drift alone", "noise"], few=["post", "restored", "pre", "vo", "interpolated 0.9"])
+           variants=["post", "restored", "pre", "vo", "interpolated 0.9", "qk of all layers", "qk of linear layers", "q", "k", "v", "o", "pro head 1", "pro input 1", "first linear mixer", "noise", "drift alone",
+                     "MLPs", "all mixers", "interpolated 0.75", "LiNeS 0.8", "pro head 0.1", "pro input 0.1"], few=["post", "restored", "pre", "vo", "interpolated 0.9"])
 RECIPES = dict(gpu=GPU, colab=GPU | dict(recall={512: 32, 2048: 32}, tasks=64, sft=dict(steps=150, T=2048, rows=8, lr=3e-4), seeds=1, variants=GPU["few"]),
                cpu=GPU | dict(asked="bfloat16", recall={512: 64, 1024: 64, 2048: 64}, tasks=8, problems=64, seeds=1, texts=dict(files=1, n=64, T=256, rows=64), tokens=2048, align=GPU["align"] | dict(steps=80, warmup=8)),
                tiny=GPU | dict(keep=1, layers=dict(T=600, window=8, texts=2, answers=2), texts=dict(files=2, n=32, T=64, rows=32), needles={600: 2, 800: 2}, tokens=1800, align=dict(T=600, steps=3, lr=1e-3, warmup=1),
@@ -57,7 +58,7 @@ class Run:
     def load(self, name, **config): return AutoModelForCausalLM.from_pretrained(self.runs / name, dtype=torch.float32, **config).to(self.device)
     def half(self, model): return model.to(getattr(torch, self.recipe.get("asked", self.dtype))).eval()  # as on a GPU, where answers are meant to be compared
     def json(self, name): return json.loads((self.out / f"{name}.json").read_text())
-    def at_once(self): return 65536 if self.device == "cuda" else 4096  # tokens
+    def at_once(self): return 262144 if self.device == "cuda" else 4096  # tokens
 
     def keep(self, what, file: str):
         part = self.runs / f"{file}.{os.getpid()}.part"
@@ -119,11 +120,12 @@ def asked(run, model) -> dict:
     "test -> length or kind -> {correct, n}: needles by whether the answer comes at once (correct) or at all (said), word problems by what is said last."
     model, q = run.half(model), _asked(run)
     scores = {kind: {} for kind in q["recall"]}
-    for kind, by_length in q["recall"].items():
-        for T, rows in by_length.items():
-            rows = [(x.tolist(), n) for x, n in rows]
-            ok, said = [right for _, right in distill.answered(model, rows, run.at_once())], distill.spoken(model, run.tokenizer, rows, tokens=run.at_once())
-            scores[kind][str(T)] = dict(correct=sum(ok), n=len(ok), said=sum(said))
+    for T in run.recipe["recall"]:  # all kinds together: decoding many takes as long as decoding few
+        rows = [(kind, (x.tolist(), n)) for kind in scores for x, n in q["recall"][kind][T]]
+        ok, said = distill.answered(model, [r for _, r in rows], run.at_once()), distill.spoken(model, run.tokenizer, [r for _, r in rows], tokens=run.at_once())
+        for kind in scores:
+            mine = [i for i, (k, _) in enumerate(rows) if k == kind]
+            scores[kind][str(T)] = dict(correct=sum(ok[i][1] for i in mine), n=len(mine), said=sum(said[i] for i in mine))
     tasks = [t for group in q["tasks"].values() for t in group]
     said = iter(solve(model, run.tokenizer, tasks, run.recipe["room"], 256))
     scores["problems"] = {name: dict(correct=sum(next(said)[0] for _ in group), n=len(group)) for name, group in q["tasks"].items()}
@@ -188,17 +190,20 @@ def chats(run, kind, seed) -> Path:
 
 
 def reach(run):
-    "How far the gradients of chains and of chat reach in the hybrid, before any fine-tuning."
+    "How far the gradients of chains and of chat reach in the hybrid, before any fine-tuning, and how far the texts remember themselves."
     out, model = {}, run.load("long").eval()
     for kind in ("problems", "chat"):
-        lines = [json.loads(x) for x in chats(run, kind, 0).read_text().splitlines()[:64]]
-        rows = [encode_chat(run.tokenizer, [dict(role="user", content=x["prompt"]), dict(role="assistant", content=x["completion"])]) for x in lines]
+        lines = [json.loads(x) for x in chats(run, kind, 0).read_text().splitlines()[:4096]]
+        encoded = [encode_chat(run.tokenizer, [dict(role="user", content=x["prompt"]), dict(role="assistant", content=x["completion"])]) for x in lines]
+        rows, long = encoded[:64], [ids[:256] for ids, _ in encoded if len(ids) >= 256]
         T = max(len(ids) for ids, _ in rows)
         batch = dict(input_ids=[x + [0] * (T - len(x)) for x, _ in rows], labels=[y + [-100] * (T - len(y)) for _, y in rows], attention_mask=[[1] * len(x) + [0] * (T - len(x)) for x, _ in rows])
         found = gradient_range(model, batch)
         g, low, high = found.curve()
         layers = {i: found.summary(i) for i in found.layers}
-        out[kind] = dict(tau=found.tau.tolist(), g=g.tolist(), low=low.tolist(), high=high.tolist(), summary=found.summary(), layers=layers, loss=found.loss, longest=T)
+        c = autocorrelation(np.array(long), 128) if long else None  # of the first 256 tokens of texts that have them
+        corr = dict(texts=len(long), c=c.tolist(), fit={k: float(v[0]) for k, v in fit_decay(np.arange(1, 129), c[1:]).items()}) if long else None
+        out[kind] = dict(corr=corr, tau=found.tau.tolist(), g=g.tolist(), low=low.tolist(), high=high.tolist(), summary=found.summary(), layers=layers, loss=found.loss, longest=T)
     return out
 
 

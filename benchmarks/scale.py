@@ -25,7 +25,7 @@ from qkrestore_nb.finetune import training_needs
 from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM
 from qkrestore_nb.procrustes import qk_pro
 from qkrestore_nb.prose import local_text, prose_test
-from qkrestore_nb.scale import ask, compiled_step, needs
+from qkrestore_nb.scale import ask, compiled_step, needs, static_cache
 
 PEAK = {"H100": 989e12, "H200": 989e12}  # dense bf16 FLOP/s by the vendor's data sheets
 TINY = bool(os.environ.get("TINY"))      # a dry run of this script on any machine
@@ -81,12 +81,11 @@ def record(out: Path, name: str, config: dict, **result):
 
 def reading(out: Path, size: str):
     "Seconds for one needle (reading and answering), and for each further question on the same haystack."
-    from transformers import StaticCache
     words, model = tokenizer(), make(size)
     first_s = clock(lambda: ask(model, words, prose_test("multikey_1", words, 20000 if not TINY else 1024, 1)[0], room=4))  # kernels are chosen and compiled once
     for T in LENGTHS:
         torch._dynamo.reset()  # a program for this length's cache, not one for any
-        cache, step = StaticCache(config=model.config, max_cache_len=T + 8), compiled_step(model) if DEVICE == "cuda" else None
+        cache, step = static_cache(model, T + 8), compiled_step(model) if DEVICE == "cuda" else None
         hay = prose_test("multikey_1", words, T, 1, questions=4)[0]
         one = hay | dict(questions=hay["questions"][:1])
         compile_s = clock(lambda: ask(model, words, prose_test("multikey_1", words, 20000 if not TINY else 1024, 1)[0], 8, cache=cache, step=step))
@@ -121,8 +120,8 @@ def chains(file: Path, n: int, seed: int = 0):
 
 
 def tuning(out: Path, steps: int = 10, rows: int = 8):
-    "Fine-tuning the 2B on one GPU, then with the same settings on all: losses, seconds a step, memory."
-    gpus = sorted({1, max(1, torch.cuda.device_count())}) if DEVICE == "cuda" else [1, 2]
+    "Fine-tuning the 2B on all GPUs, then with the same settings on the last: losses, seconds a step, memory."
+    gpus = sorted({1, max(1, torch.cuda.device_count())}, reverse=True) if DEVICE == "cuda" else [2, 1]
     T, runs = 256 if TINY else 4096, []
     with tempfile.TemporaryDirectory(dir=os.environ.get("BIG")) as folder:
         folder, model, words = Path(folder), make("2B"), tokenizer()
@@ -135,7 +134,7 @@ def tuning(out: Path, steps: int = 10, rows: int = 8):
         for n in gpus:
             launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(n), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"] + ["--multi_gpu"] * (n > 1)
             if DEVICE == "cpu": launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n)]
-            env = dict(os.environ, CUDA_VISIBLE_DEVICES=",".join(map(str, range(n)))) if DEVICE == "cuda" else os.environ
+            env = dict(os.environ, CUDA_VISIBLE_DEVICES=",".join(map(str, range(torch.cuda.device_count())[-n:]))) if DEVICE == "cuda" else os.environ
             tune = [str(folder / "qkrestore"), "finetune", str(folder / "pre"), str(folder / "chains.jsonl"), str(folder / f"post{n}"), "--steps", str(steps), "--rows", str(rows), "--tokens", str(T)]
             then = time.perf_counter()
             subprocess.run(launch + tune, env=env, check=True, timeout=300)
@@ -144,9 +143,9 @@ def tuning(out: Path, steps: int = 10, rows: int = 8):
             runs.append(dict(gpus=n, whole_s=time.perf_counter() - then, step_s=step_s, tokens_per_s=rows * T / step_s, peak_gpu_gb=done["peak_gpu_gb"],
                              needs_gb=training_needs(shape("2B"), T, n)["total_gb"], losses=[r["loss"] for r in done["log"]], seconds=[r["seconds"] for r in done["log"]]))
             shutil.rmtree(folder / f"post{n}")
-            one = runs[0]
+            one = runs[-1]
             record(out, "fsdp_2b", dict(size="2B", T=T, rows=rows, steps=steps, lr=1e-5, weights="random"), seconds={r["gpus"]: r["step_s"] for r in runs}, peak_gpu_gb={r["gpus"]: r["peak_gpu_gb"] for r in runs},
-                   ratio=one["step_s"] / runs[-1]["step_s"], largest_difference_of_losses=max(abs(a - b) for a, b in zip(one["losses"], runs[-1]["losses"])), rows=runs)
+                   ratio=one["step_s"] / runs[0]["step_s"], largest_difference_of_losses=max(abs(a - b) for a, b in zip(one["losses"], runs[0]["losses"])), rows=runs)
 
 
 def restoring(out: Path):

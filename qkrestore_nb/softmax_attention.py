@@ -109,7 +109,7 @@ def decode_attention(
     q = q.view(B, k.shape[1], H // k.shape[1], D)                          # query heads beside their key head
     e = (q @ k.mT).float() * (D ** -0.5 if scale is None else scale)       # (B, n_kv, H / n_kv, S)
     weights = e.masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype)
-    # a GPU wants many small products rather than one long sum: pieces of 512 values, added afterwards
+    # a GPU wants many small products rather than one long sum: pieces of 512 values, added afterwards. Where S is no multiple of 512, PyTorch copies v for it
     n = v.shape[2] // 512
     o = weights[..., 512 * n:] @ v[:, :, 512 * n:]
     if n:
