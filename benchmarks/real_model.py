@@ -48,7 +48,7 @@ class Run:
     def __init__(self, runs: Path, out: Path, profile: str, hybrid: Path | None):
         self.runs, self.out, self.pre, self.recipe = runs, out, runs / "teacher", RECIPES[profile]
         machine = pick_profile()
-        self.device, self.dtype = machine.device, machine.dtype
+        self.machine, self.device, self.dtype = machine.name, machine.device, machine.dtype
         if profile == "tiny" and not self.pre.exists(): _tiny(self.pre)
         if hybrid: self.pre = hybrid
         elif not self.pre.exists(): shutil.copytree(distill.smollm2(), self.pre)
@@ -58,7 +58,7 @@ class Run:
     def load(self, name, **config): return AutoModelForCausalLM.from_pretrained(self.runs / name, dtype=torch.float32, **config).to(self.device)
     def half(self, model): return model.to(getattr(torch, self.recipe.get("asked", self.dtype))).eval()  # as on a GPU, where answers are meant to be compared
     def json(self, name): return json.loads((self.out / f"{name}.json").read_text())
-    def at_once(self): return 262144 if self.device == "cuda" else 4096  # tokens
+    def at_once(self): return dict(gpu=262144, colab=65536).get(self.machine, 4096)  # tokens
 
     def keep(self, what, file: str):
         part = self.runs / f"{file}.{os.getpid()}.part"
