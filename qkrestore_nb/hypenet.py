@@ -23,7 +23,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .linear_attention import _borders, decay_slopes, linear_attention
-from .softmax_attention import attention_logits, decode_attention, fused_attention, log_scale, rms_norm, rope_angles, rotate
+from .softmax_attention import attention_logits, fused_attention, log_scale, rms_norm, rope_angles, rotate
 
 _CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"  # transformers 5.24 gave it a shorter name
 
@@ -165,11 +165,12 @@ def attend_documents(q, k, v, groups, scaling, dropout=0.0) -> torch.Tensor:
     "Packed rows (B, H, T, D), document by document, those of similar length side by side: (B, T, H, D). groups: of `document_groups`."
     B, _, T, _ = q.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-    o = torch.zeros_like(q)
+    parts, at = [], []
     for places, tokens in groups:  # padding stands behind a document, where causal attention does not look
-        one = fused_attention(q[places], k[places], v[places], scale=scaling, dropout=dropout).flatten(0, 1)
-        o = o.index_copy(0, places.flatten()[tokens], one[tokens])
-    return o.unflatten(0, (B, T))
+        parts.append(fused_attention(q[places], k[places], v[places], scale=scaling, dropout=dropout).flatten(0, 1)[tokens])
+        at.append(places.flatten()[tokens])
+    o = torch.cat(parts)
+    return torch.empty_like(o).index_copy(0, torch.cat(at), o).unflatten(0, (B, T))
 
 
 class HypeNetAttention(nn.Module):
@@ -199,8 +200,8 @@ class HypeNetAttention(nn.Module):
             if attention_mask is None:  # plainly causal, the queries last: no mask to build, however long the cache
                 q, k, v = q.transpose(1, 2), k[:, :, :kv_length].transpose(1, 2), v[:, :, :kv_length].transpose(1, 2)
                 return fused_attention(q, k, v, scale=self.D ** -0.5, dropout=dropout), None
-            if q.shape[2] == 1 and attention_mask.dtype == torch.bool and not self.training:  # decoding in a static cache
-                return decode_attention(q.transpose(1, 2), k, v, attention_mask, self.D ** -0.5), None
+            if q.shape[2] == 1 and attention_mask.dtype == torch.bool and not self.training:  # decoding in a static cache: transformers would repeat its keys
+                return fused_attention(*(x.transpose(1, 2) for x in (q, k, v)), attention_mask, self.D ** -0.5), None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         return attend(self, q, k, v, attention_mask, scaling=self.D ** -0.5, dropout=dropout, **kwargs)
 

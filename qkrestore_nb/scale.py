@@ -157,7 +157,7 @@ def static_cache(
     model,
     tokens: int,  # that it must have room for
 ):
-    "An empty cache of fixed place, which never copies what it holds; in whole pieces of 512, as `softmax_attention.decode_attention` takes the values (a rest would make it copy them all)."
+    "An empty cache of fixed place, which never copies what it holds; in whole pieces of 512 tokens, since attention kernels are slower where a mask ends unevenly."
     from transformers import StaticCache
     return StaticCache(config=model.config, max_cache_len=-(-tokens // 512) * 512)
 

@@ -90,6 +90,17 @@ def test_two_processes_and_a_rank_that_dies(base, tmp_path, kind):
     assert not (tmp_path / "post.run").exists()
 
 
+def test_in_half_precision(base, tmp_path):
+    "Matrix products in bfloat16, as on a GPU: about the same losses, and the result in pre's format."
+    from accelerate.state import AcceleratorState
+    AcceleratorState._reset_state(True)  # one process has one precision, by accelerate's rule
+    try: ft.finetune(base / "pre", base / "sums.jsonl", tmp_path / "post", dtype="bfloat16", **SETTINGS)
+    finally: AcceleratorState._reset_state(True)
+    half, full = losses(tmp_path / "post"), losses(base / "post")
+    assert half == pytest.approx(full, rel=.02) and half != pytest.approx(full, rel=1e-6)
+    assert {v.dtype for v in weights(tmp_path / "post").values()} == {torch.float32}
+
+
 def test_stopped_and_gone_on_with(base, tmp_path):
     def stop(step, loss):
         if step == 5: raise KeyboardInterrupt
