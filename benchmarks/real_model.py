@@ -33,7 +33,7 @@ from qkrestore_nb.variants import variant
 GPU = dict(keep=8, layers=dict(T=512, window=64, texts=16, answers=128), texts=dict(files=2, n=8192, T=512, rows=4096), needles={512: 200, 1024: 200, 2048: 200, 4096: 100, 8192: 100},
            tokens=32768, align=dict(T=512, steps=250, lr=1e-3, warmup=20), distil=dict(T=2048, steps=1200, lr=5e-4, warmup=50), long=dict(T=8192, steps=150, lr=1e-4, warmup=10),
            recall={512: 64, 1024: 64, 2048: 64, 4096: 32, 8192: 32}, problems=20000, tasks=128, room=272, sft=dict(steps=300, T=8192, rows=2, lr=3e-4), seeds=3,
-           variants=["post", "restored", "pre", "vo", "interpolated 0.9", "qk of all layers", "qk of linear layers", "q", "k", "v", "o", "pro head 1", "pro input 1", "first linear mixer", "noise", "drift alone",
+           variants=["post", "restored", "pre", "vo", "pro head 1", "qk of all layers", "interpolated 0.9", "qk of linear layers", "q", "k", "v", "o", "pro input 1", "first linear mixer", "noise", "drift alone",
                      "MLPs", "all mixers", "interpolated 0.75", "LiNeS 0.8", "pro head 0.1", "pro input 0.1"], few=["post", "restored", "pre", "vo", "interpolated 0.9"])
 RECIPES = dict(gpu=GPU, colab=GPU | dict(recall={512: 32, 2048: 32}, tasks=64, sft=dict(steps=150, T=2048, rows=8, lr=3e-4), seeds=1, variants=GPU["few"]),
                cpu=GPU | dict(asked="bfloat16", recall={512: 64, 1024: 64, 2048: 64}, tasks=8, problems=64, seeds=1, texts=dict(files=1, n=64, T=256, rows=64), tokens=2048, align=GPU["align"] | dict(steps=80, warmup=8)),
@@ -119,6 +119,7 @@ def layers(run):
 def asked(run, model) -> dict:
     "test -> length or kind -> {correct, n}: needles by whether the answer comes at once (correct) or at all (said), word problems by what is said last."
     model, q = run.half(model), _asked(run)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans anew for each shape, and decoding has a new one at every token
     scores = {kind: {} for kind in q["recall"]}
     for T in run.recipe["recall"]:  # all kinds together: decoding many takes as long as decoding few
         rows = [(kind, (x.tolist(), n)) for kind in scores for x, n in q["recall"][kind][T]]
@@ -129,6 +130,7 @@ def asked(run, model) -> dict:
     tasks = [t for group in q["tasks"].values() for t in group]
     said = iter(solve(model, run.tokenizer, tasks, run.recipe["room"], 256))
     scores["problems"] = {name: dict(correct=sum(next(said)[0] for _ in group), n=len(group)) for name, group in q["tasks"].items()}
+    torch.backends.cuda.enable_cudnn_sdp(True)
     return scores
 
 

@@ -2,7 +2,7 @@
 
 Sections: 2b 5b 9b (prefill and answers at 128K and 256K), fsdp_2b (fine-tuning on one GPU and on all that there are), restore_9b (a pair of
 17.7 GB checkpoints on this machine's disk), pro_9b (QK-Pro of all softmax layers on the GPU). One json each in OUT; what is finished is
-written at once. LENGTHS, BIG (a folder for the large files) and TINY (a dry run anywhere) are environment variables."""
+written at once. LENGTHS, GPUS, BIG (a folder for the large files) and TINY (a dry run anywhere) are environment variables."""
 import gc
 import json
 import os
@@ -120,9 +120,11 @@ def chains(file: Path, n: int, seed: int = 0):
 
 
 def tuning(out: Path, steps: int = 10, rows: int = 8):
-    "Fine-tuning the 2B on all GPUs, then with the same settings on the last: losses, seconds a step, memory."
+    "Fine-tuning the 2B on all GPUs, then with the same settings on the last: losses, seconds a step, memory. What stands in OUT already is kept."
     gpus = sorted({1, max(1, torch.cuda.device_count())}, reverse=True) if DEVICE == "cuda" else [2, 1]
-    T, runs = 256 if TINY else 4096, []
+    if "GPUS" in os.environ: gpus = list(map(int, os.environ["GPUS"].split()))
+    T, file = 256 if TINY else 4096, out / "fsdp_2b.json"
+    runs = json.loads(file.read_text())["rows"] if file.exists() else []
     with tempfile.TemporaryDirectory(dir=os.environ.get("BIG")) as folder:
         folder, model, words = Path(folder), make("2B"), tokenizer()
         words.add_special_tokens(dict(eos_token="<|end|>"))
@@ -143,6 +145,7 @@ def tuning(out: Path, steps: int = 10, rows: int = 8):
             runs.append(dict(gpus=n, whole_s=time.perf_counter() - then, step_s=step_s, tokens_per_s=rows * T / step_s, peak_gpu_gb=done["peak_gpu_gb"],
                              needs_gb=training_needs(shape("2B"), T, n)["total_gb"], losses=[r["loss"] for r in done["log"]], seconds=[r["seconds"] for r in done["log"]]))
             shutil.rmtree(folder / f"post{n}")
+            runs.sort(key=lambda r: -r["gpus"])
             one = runs[-1]
             record(out, "fsdp_2b", dict(size="2B", T=T, rows=rows, steps=steps, lr=1e-5, weights="random"), seconds={r["gpus"]: r["step_s"] for r in runs}, peak_gpu_gb={r["gpus"]: r["peak_gpu_gb"] for r in runs},
                    ratio=one["step_s"] / runs[0]["step_s"], largest_difference_of_losses=max(abs(a - b) for a, b in zip(one["losses"], runs[0]["losses"])), rows=runs)

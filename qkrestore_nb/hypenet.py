@@ -10,6 +10,7 @@ __all__ = ['PRESETS', 'HypeNetConfig', 'HypeNetRMSNorm', 'HypeNetMLP', 'eager_at
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -166,9 +167,10 @@ def attend_documents(q, k, v, groups, scaling, dropout=0.0) -> torch.Tensor:
     B, _, T, _ = q.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
     parts, at = [], []
-    for places, tokens in groups:  # padding stands behind a document, where causal attention does not look
-        parts.append(fused_attention(q[places], k[places], v[places], scale=scaling, dropout=dropout).flatten(0, 1)[tokens])
-        at.append(places.flatten()[tokens])
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):  # cuDNN would plan anew for every shape, 25 ms each
+        for places, tokens in groups:  # padding stands behind a document, where causal attention does not look
+            parts.append(fused_attention(q[places], k[places], v[places], scale=scaling, dropout=dropout).flatten(0, 1)[tokens])
+            at.append(places.flatten()[tokens])
     o = torch.cat(parts)
     return torch.empty_like(o).index_copy(0, torch.cat(at), o).unflatten(0, (B, T))
 
