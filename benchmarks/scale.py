@@ -143,7 +143,7 @@ def tuning(out: Path, steps: int = 10, rows: int = 8):
             done = json.loads((folder / f"post{n}" / "finetune.json").read_text())
             step_s = statistics.median(r["seconds"] for r in done["log"][steps // 2:])
             runs.append(dict(gpus=n, whole_s=time.perf_counter() - then, step_s=step_s, tokens_per_s=rows * T / step_s, peak_gpu_gb=done["peak_gpu_gb"],
-                             needs_gb=training_needs(shape("2B"), T, n)["total_gb"], losses=[r["loss"] for r in done["log"]], seconds=[r["seconds"] for r in done["log"]]))
+                             rows_at_once=done["config"]["rows_at_once"], needs_gb=training_needs(shape("2B"), T * done["config"]["rows_at_once"], n)["total_gb"], losses=[r["loss"] for r in done["log"]], seconds=[r["seconds"] for r in done["log"]]))
             shutil.rmtree(folder / f"post{n}")
             runs.sort(key=lambda r: -r["gpus"])
             one = runs[-1]

@@ -92,13 +92,13 @@ def packed_rows(
 # %% ../nbs/13a_finetune.ipynb #c31cdf2f
 def summed_loss(
     model,
-    row: dict,  # of `packed_rows`
+    rows: list[dict],  # of `packed_rows`
 ) -> tuple:
     "Cross-entropy summed over the tokens with weight, and how many there are; the mean is taken over all cards, later."
     import torch
     import torch.nn.functional as F
     device = next(model.parameters()).device
-    x = {k: torch.tensor([v], device=device) for k, v in row.items()}
+    x = {k: torch.tensor([r[k] for r in rows], device=device) for k in rows[0]}
     labels = x.pop("labels")[:, 1:]
     logits = model(**x, use_cache=False).logits[:, :-1]
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"), int((labels >= 0).sum())
@@ -106,7 +106,7 @@ def summed_loss(
 # %% ../nbs/13a_finetune.ipynb #f4969218
 def training_needs(
     checkpoint,        # a folder, a hub id or a config
-    T: int = 4096,     # tokens of a row; every card has one row at a time
+    T: int = 4096,     # tokens that a card reads at once
     gpus: int = 1,
     lora: bool = False,
     trust_remote_code: bool = False,  # as in `scale.needs`
@@ -148,17 +148,19 @@ def _run_folder(out: Path, recipe: dict) -> Path:
     return run
 
 
-def _check_room(config, T: int, world: int, rank: int, out: Path, cuda: bool):
-    "CheckpointError where memory or the disk is too small for the run, with the numbers."
+def _rows_at_once(config, T: int, share: int, world: int, rank: int, out: Path, cuda: bool) -> int:
+    "How many of its share of rows a card reads at once. CheckpointError where memory or the disk is too small for one, with the numbers."
     from qkrestore_nb.scale import needs, room_gb
     parameters = needs(config, T)["parameters"]
-    def size(cards): return training_needs(config, T, cards, bool(rank), parameters=parameters)["total_gb"]
+    def size(cards, n=1): return training_needs(config, n * T, cards, bool(rank), parameters=parameters)["total_gb"]
     need, free = size(world) if cuda else world * size(1), room_gb("cuda" if cuda else "cpu")
     if need > free:
         more = f"{2 * world} cards would need {size(2 * world):.0f} GB each, {4 * world} {size(4 * world):.0f}; " if cuda and not rank else ""
         raise CheckpointError(f"this takes about {need:.1f} GB of memory{' on each card' * cuda}, and {free:.1f} GB are free: {more}fewer tokens a row{'' if rank else ', or an adapter (rank 16, say),'} take less")
     disk, left = (.5 if rank else 26) * parameters / 1e9 + 4 * parameters / 1e9, shutil.disk_usage(out.resolve().parent).free / 1e9  # two states of weights and moments, and out
     if disk > left: raise CheckpointError(f"states and result take up to {disk:.1f} GB of disk, and {out.resolve().parent} has {left:.1f} GB left: make room, or choose another place")
+    # with few tokens a GPU waits for Python; a CPU never does
+    return max([n for n in range(2, share + 1) if share % n == 0 and n * T <= 16384 and size(world, n) <= .8 * free] if cuda else [], default=1)
 
 
 def _latest(run: Path) -> Path | None:
@@ -201,8 +203,8 @@ def finetune(
     if not sum(1 for _ in read_chats(data)): raise CheckpointError(f"{data} holds no conversation")  # a broken line is better found now than tonight
     recipe = dict(checkpoint=str(checkpoint), data=str(data), steps=steps, T=T, rows=rows, lr=lr, rank=rank, seed=seed)
     run = _run_folder(out, recipe)
-    _check_room(found, T, world, rank, out, cuda)
-    accelerator.wait_for_everyone()  # all have looked before one writes
+    at_once = _rows_at_once(found, T, rows // world, world, rank, out, cuda)
+    at_once = int(accelerator.gather(torch.tensor([at_once], device=accelerator.device)).min())  # the same on every card, and all have looked before one writes
     if accelerator.is_main_process:
         run.mkdir(exist_ok=True)
         (run / "recipe.json").write_text(json.dumps(recipe, indent=1))
@@ -236,8 +238,8 @@ def finetune(
         if step < steps: coming = reader.submit(lambda: list(islice(mine, rows // world)))  # text becomes tokens while the card is busy
         tokens = accelerator.reduce(torch.tensor(float(sum(sum(y >= 0 for y in r["labels"][1:]) for r in share)), device=accelerator.device))
         total = 0.
-        for row in share:  # gradients are summed over the cards after each row: kept whole until the last, they would fill every card
-            with accelerator.autocast(): loss = summed_loss(model, row)[0] * world / tokens.clamp(min=1)  # gradients are averaged over cards
+        for i in range(0, len(share), at_once):  # gradients are summed over the cards after each of these: kept whole until the last, they would fill every card
+            with accelerator.autocast(): loss = summed_loss(model, share[i:i + at_once])[0] * world / tokens.clamp(min=1)  # gradients are averaged over cards
             accelerator.backward(loss)
             total += loss.detach() / world
         accelerator.clip_grad_norm_(model.parameters(), 1.)
@@ -247,7 +249,7 @@ def finetune(
         log.append(dict(step=step, loss=loss, seconds=round(time.perf_counter() - then, 4), tokens_per_s=round(rows * T / (time.perf_counter() - then))))
         if look and accelerator.is_main_process: look(step, loss)
         if step % every == 0 and step < steps: _keep(accelerator, run, step, log)
-    return _finish(accelerator, model, config, kept, tokenizer, run, out, rank, recipe, log)
+    return _finish(accelerator, model, config, kept, tokenizer, run, out, rank, recipe | dict(rows_at_once=at_once), log)
 
 # %% ../nbs/13a_finetune.ipynb #5745f062
 def _keep(accelerator, run: Path, step: int, log: list):

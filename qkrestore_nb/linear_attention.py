@@ -217,14 +217,14 @@ def linear_attention_triton(
     q, k, decay = q.to(v.dtype), k.to(v.dtype), decay.float()
     if documents is not None:
         borders = _borders(documents)
-        first = torch.searchsorted(borders, T * torch.arange(B, device=q.device))
-        if state is not None: state = state.new_zeros(len(borders) - 1, *state.shape[1:]).index_copy(0, first, state)
+        row = torch.searchsorted(borders, T * torch.arange(B + 1, device=q.device))  # the document that each row begins with
+        if state is not None: state = state.new_zeros(len(borders) - 1, *state.shape[1:]).index_copy(0, row[:-1], state)
         q, k, v = (x.flatten(0, 1)[None] for x in (q, k, v))
     if torch.compiler.is_compiling(): o, S = _lightning(q, k, v, decay, state, borders)
     else:
         o, S = _fla().chunk_simple_gla(q, k, v, g_gamma=decay, scale=1.0, initial_state=state, output_final_state=True, cu_seqlens=borders)
     if borders is None: return o, S
-    return o.view(B, T, *o.shape[2:]), S[torch.cat([first[1:], first.new_tensor([len(borders) - 1])]) - 1]
+    return o.view(B, T, *o.shape[2:]), S[row[1:] - 1]
 
 # %% ../nbs/02_linear_attention.ipynb #90fefddb
 FORMS = {"recurrent": linear_attention_recurrent, "quadratic": linear_attention_quadratic, "chunked": linear_attention_chunked,

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import takewhile
 from pathlib import Path
 
 from .checkpoints import CheckpointError, read_config
@@ -76,7 +77,7 @@ def room_gb(
 ) -> float:
     "GB that are free."
     import torch
-    if device.startswith("cuda"): return torch.cuda.mem_get_info()[0] / 1e9
+    if device.startswith("cuda"): return (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()) / 1e9  # with what PyTorch keeps for later
     try: return next(int(line.split()[1]) for line in open("/proc/meminfo") if line.startswith("MemAvailable")) * 1024 / 1e9  # what the page cache holds can be had
     except OSError: return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
 
@@ -172,12 +173,17 @@ def _static(model) -> bool: return model.config.model_type in ("hypenet", "hybri
 
 def _greedy(model, ids, cache, room, ends, step):
     "Tokens that follow ids (1, n), until one that ends a text."
+    import torch
     from qkrestore_nb.hypenet import _CACHE, prefill
+    def after(token): return (step or model)(input_ids=token, use_cache=True, **{_CACHE: cache}).logits[:, -1:].argmax(-1)
     out, token = [], prefill(model, ids, cache=cache)[0].argmax(-1)
-    while len(out) < room and int(token) not in ends:
-        out.append(int(token))
-        if len(out) < room: token = (step or model)(input_ids=token, use_cache=True, **{_CACHE: cache}).logits[:, -1:].argmax(-1)
-    return out
+    while True:
+        said = [token]
+        while len(said) < min(16 if step else 1, room - len(out)): said.append(after(said[-1]))  # the GPU waits whenever Python looks: look at 16 together
+        said = torch.cat(said, 1)[0].tolist()
+        out += list(takewhile(lambda t: t not in ends, said))
+        if len(out) >= room or ends & set(said): return out
+        token = after(torch.tensor([said[-1:]], device=ids.device))
 
 
 def ask(

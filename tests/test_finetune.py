@@ -90,6 +90,24 @@ def test_two_processes_and_a_rank_that_dies(base, tmp_path, kind):
     assert not (tmp_path / "post.run").exists()
 
 
+def test_rows_read_together_train_as_rows_read_alone(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(ft, "_rows_at_once", lambda *a: 2)
+    ft.finetune(base / "pre", base / "sums.jsonl", tmp_path / "post", **SETTINGS)
+    same(base / "post", tmp_path / "post")
+    assert [json.loads((p / "finetune.json").read_text())["config"]["rows_at_once"] for p in (base / "post", tmp_path / "post")] == [1, 2]
+
+
+@pytest.mark.parametrize("T,share,free,wanted", [(128, 4, 1e3, 4), (128, 6, 1e3, 6), (8192, 4, 1e3, 2), (16384, 4, 1e3, 1), (4096, 3, 1e3, 3), (4096, 5, 1e3, 1), (4096, 4, None, 2)])
+def test_how_many_rows_a_card_reads_at_once(base, tmp_path, monkeypatch, T, share, free, wanted):
+    "A divisor of its share, at most 16,384 tokens, within four fifths of the memory; None: just enough for two rows."
+    from transformers import AutoConfig
+    config = AutoConfig.from_pretrained(base / "pre")
+    free = free or ft.training_needs(config, 2 * T)["total_gb"] / .79
+    monkeypatch.setattr("qkrestore_nb.scale.room_gb", lambda device: free)
+    assert ft._rows_at_once(config, T, share, 1, 0, tmp_path / "post", cuda=True) == wanted
+    assert ft._rows_at_once(config, T, share, 1, 0, tmp_path / "post", cuda=False) == 1
+
+
 def test_in_half_precision(base, tmp_path):
     "Matrix products in bfloat16, as on a GPU: about the same losses, and the result in pre's format."
     from accelerate.state import AcceleratorState
@@ -143,7 +161,7 @@ def test_trl_computes_the_same_loss(base, tmp_path):
     from trl import SFTConfig, SFTTrainer
     tokenizer = AutoTokenizer.from_pretrained(base / "pre")
     chats = [c for c, _ in zip(ft.read_chats(base / "sums.jsonl"), range(4))]
-    total, n = ft.summed_loss(AutoModelForCausalLM.from_pretrained(base / "pre"), next(ft.packed_rows(chats, tokenizer, 512)))
+    total, n = ft.summed_loss(AutoModelForCausalLM.from_pretrained(base / "pre"), [next(ft.packed_rows(chats, tokenizer, 512))])
     rows = Dataset.from_list([dict(prompt=c[:-1], completion=c[-1:]) for c in chats])
     for packing in (False, True):
         args = SFTConfig(str(tmp_path / f"trl{packing}"), max_steps=1, per_device_train_batch_size=1 if packing else 4, max_length=512, packing=packing, report_to=[], use_cpu=True, bf16=False,

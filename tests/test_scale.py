@@ -117,6 +117,22 @@ def test_many_questions_after_one_reading(model, tokenizer, static):
     assert not static or addresses[0] == addresses[1]
 
 
+@pytest.mark.parametrize("room", [2, 5, 16, 40])
+def test_a_step_that_runs_ahead_says_the_same(model, tokenizer, monkeypatch, room):
+    "Sixteen tokens are looked at together: also where a text ends among them, and where there is room for fewer."
+    from qkrestore_nb.scale import static_cache
+    hay, fed = prose_test("multikey_1", tokenizer, 600, 1, questions=2)[0], []
+    def step(**how):
+        fed.append(how["input_ids"])
+        return model(**how)
+    def asked(step=None): return scale.ask(model, tokenizer, hay, room=room, cache=static_cache(model, 700), step=step)
+    free = asked()
+    assert asked(step) == free and len(fed) == 2 * (room - 1)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", int(fed[(room - 1) // 2]))  # one of the first answer's
+    ended = asked()
+    assert asked(step) == ended != free and len(fed) <= 4 * (room - 1)
+
+
 def test_recall_counts_values(model, tokenizer, monkeypatch):
     "Right answers are counted as RULER counts them, a part for a part."
     def knows(model, tokenizer, hay, *rest): return [" ".join(q["answers"][:len(q["answers"]) // 2 or 1]) for q in hay["questions"]]

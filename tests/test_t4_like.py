@@ -15,7 +15,7 @@ spec.loader.exec_module(t4)
 cuda, GB = torch.cuda, 1e9
 cuda.is_available, cuda.memory_reserved, cuda.mem_get_info = lambda: True, lambda d=None: int(2 * GB), lambda d=None: (int(70 * GB), int(80 * GB))
 cuda.get_device_properties = lambda d=None: types.SimpleNamespace(major=9, minor=0, total_memory=int(80 * GB), name="H100", multi_processor_count=132)
-cuda.current_device = lambda: 0
+cuda.current_device, cuda.memory_allocated = lambda: 0, cuda.memory_reserved
 """
 
 
