@@ -270,7 +270,7 @@ def prefilling() -> dict:
 
 def decoding(T: int = 32768, n: int = 64) -> dict:
     "Time per token after T tokens, beside the time to read weights, cache and states once at the bandwidth of a large copy."
-    from qkrestore_nb.scale import static_cache
+    from transformers import StaticCache
     a = torch.empty(2 ** 31, dtype=torch.uint8, device="cuda")
     copy = statistics.median(timed(lambda: a.clone(), 9))
     bandwidth = 2 * a.numel() / copy
@@ -280,7 +280,7 @@ def decoding(T: int = 32768, n: int = 64) -> dict:
     model.eval()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     ids = torch.randint(0, config.vocab_size, (1, T), device="cuda")
-    cache = static_cache(model, T + 2 * n + 16)
+    cache = StaticCache(config=config, max_cache_len=T + 2 * n + 16)
     logits, _ = prefill(model, ids, 16384, cache)
     states = sum(layer.recurrent_states[0].numel() * 4 for layer in cache.layers if hasattr(layer, "recurrent_states"))
     floor = (weights + kv_bytes(config, T) + 2 * states) / bandwidth
@@ -317,6 +317,7 @@ def decode_attention() -> dict:
         q = torch.randn(1, 1, H, 128, device="cuda", dtype=torch.bfloat16)
         k, v = (torch.randn(1, 8, S, 128, device="cuda", dtype=torch.bfloat16) for _ in "kv")
         mask = (torch.arange(S, device="cuda") < S - 64)[None, None, None]
+        for x in (k, v, mask): torch._dynamo.mark_static_address(x)  # as transformers marks a static cache; what may move is copied before each replay
         def by_hand(q):
             n, e = S // 512, (q.view(1, 8, H // 8, 128) @ k.mT).float() * 128 ** -.5
             weights = e.masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype)

@@ -25,7 +25,7 @@ from qkrestore_nb.finetune import training_needs
 from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM
 from qkrestore_nb.procrustes import qk_pro
 from qkrestore_nb.prose import local_text, prose_test
-from qkrestore_nb.scale import ask, compiled_step, needs, static_cache
+from qkrestore_nb.scale import ask, compiled_step, needs
 
 PEAK = {"H100": 989e12, "H200": 989e12}  # dense bf16 FLOP/s by the vendor's data sheets
 TINY = bool(os.environ.get("TINY"))      # a dry run of this script on any machine
@@ -81,11 +81,12 @@ def record(out: Path, name: str, config: dict, **result):
 
 def reading(out: Path, size: str):
     "Seconds for one needle (reading and answering), and for each further question on the same haystack."
+    from transformers import StaticCache
     words, model = tokenizer(), make(size)
     first_s = clock(lambda: ask(model, words, prose_test("multikey_1", words, 20000 if not TINY else 1024, 1)[0], room=4))  # kernels are chosen and compiled once
     for T in LENGTHS:
         torch._dynamo.reset()  # a program for this length's cache, not one for any
-        cache, step = static_cache(model, T + 8), compiled_step(model) if DEVICE == "cuda" else None
+        cache, step = StaticCache(config=model.config, max_cache_len=T + 8), compiled_step(model) if DEVICE == "cuda" else None
         hay = prose_test("multikey_1", words, T, 1, questions=4)[0]
         one = hay | dict(questions=hay["questions"][:1])
         compile_s = clock(lambda: ask(model, words, prose_test("multikey_1", words, 20000 if not TINY else 1024, 1)[0], 8, cache=cache, step=step))

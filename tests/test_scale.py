@@ -120,12 +120,12 @@ def test_many_questions_after_one_reading(model, tokenizer, static):
 @pytest.mark.parametrize("room", [2, 5, 16, 40])
 def test_a_step_that_runs_ahead_says_the_same(model, tokenizer, monkeypatch, room):
     "Sixteen tokens are looked at together: also where a text ends among them, and where there is room for fewer."
-    from qkrestore_nb.scale import static_cache
+    from transformers import StaticCache
     hay, fed = prose_test("multikey_1", tokenizer, 600, 1, questions=2)[0], []
     def step(**how):
         fed.append(how["input_ids"])
         return model(**how)
-    def asked(step=None): return scale.ask(model, tokenizer, hay, room=room, cache=static_cache(model, 700), step=step)
+    def asked(step=None): return scale.ask(model, tokenizer, hay, room=room, cache=StaticCache(config=model.config, max_cache_len=700), step=step)
     free = asked()
     assert asked(step) == free and len(fed) == 2 * (room - 1)
     monkeypatch.setattr(model.generation_config, "eos_token_id", int(fed[(room - 1) // 2]))  # one of the first answer's
