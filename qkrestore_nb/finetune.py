@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -58,6 +59,7 @@ def encode_chat(
             new = tokenizer(m["content"] + ("" if said else "\n"), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * (said and tokenizer.eos_token_id is not None)
             ids, labels = ids + new, labels + (new if said else [-100] * len(new))
         return ids, labels
+    @cache
     def upto(n, prompt): return tokenizer.apply_chat_template(messages[:n], add_generation_prompt=prompt, return_dict=True)["input_ids"]
     ids = upto(len(messages), False)
     labels = [-100] * len(ids)
