@@ -6,7 +6,7 @@ unconverted model in our classes), nope, nope-long, nope-hybrid (the last three 
 soft-N (the softmax control) and nope-N. A stage that is done is passed over; one that is interrupted goes on where its last save was; stages that do not
 wait for each other may run side by side in processes of their own. RUNS holds weights and texts, OUT gets one json a stage.
 
-Profiles: gpu (H100; two of them, busy with this and other benchmarks, came in 28 minutes to the hybrids and most of three seeds), colab (a T4: fine-tunes and
+Profiles: gpu (H100; two of them, busy with this and other benchmarks, came in 28 minutes to the hybrids and most of three seeds; alone on one, alignment to long takes about six), colab (a T4: fine-tunes and
 repairs a hybrid that --hybrid names, once; not run there), cpu (up to align in half an hour on two cores), tiny (random weights, to see that the path works)."""
 import argparse
 import json
@@ -46,7 +46,7 @@ KINDS = ("single_1", "single_2", "single_3", "multikey_1")
 class Run:
     "Where things lie, the recipe, and the machine."
     def __init__(self, runs: Path, out: Path, profile: str, hybrid: Path | None):
-        self.runs, self.out, self.pre, self.recipe = runs, out, runs / "teacher", RECIPES[profile]
+        self.runs, self.out, self.pre, self.recipe, self.until = runs, out, runs / "teacher", RECIPES[profile], float("inf")
         machine = pick_profile()
         self.machine, self.device, self.dtype = machine.name, machine.device, machine.dtype
         if profile == "tiny" and not self.pre.exists(): _tiny(self.pre)
@@ -240,6 +240,7 @@ def repair(run, base, kind, seed, names):
     scores = json.loads(kept.read_text()) if kept.exists() else {}
     for name in names:
         if name in scores: continue
+        if time.monotonic() > run.until: raise SystemExit(f"time is up; the same command goes on with {name}")
         if name == "pre": scores[name] = before(run, base)
         else:
             model.float().load_state_dict(variant(name, a, b, pre.config, seed))
@@ -282,7 +283,7 @@ def main():
     args = ask.parse_intermixed_args()
     for folder in (args.runs, args.out): folder.mkdir(exist_ok=True, parents=True)
     run, begun = Run(args.runs, args.out, args.profile, args.hybrid), time.monotonic()
-    known = stages(run)
+    known, run.until = stages(run), begun + 60 * args.minutes
     if unknown := [s for s in args.stages if s not in known]: ask.error(f"no stage is called {unknown[0]}: choose from {', '.join(known)}")
     names = args.stages or list(known)
     if args.hybrid:
@@ -290,7 +291,7 @@ def main():
         names = args.stages or ["questions", "hybrid", "sft-seed0", "repair-seed0"]
     for name in names:
         if (args.out / f"{name}.json").exists(): continue
-        if time.monotonic() - begun > 60 * args.minutes: print("time is up; the same command goes on with", name); break
+        if time.monotonic() > run.until: print("time is up; the same command goes on with", name); break
         then = time.perf_counter()
         try: result = known[name](run)
         except torch.OutOfMemoryError: raise SystemExit(f"memory ran out in stage {name}: halve tokens (a step), texts' rows or sft's T in RECIPES; what is done is kept, the same command goes on")
