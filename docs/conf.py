@@ -67,7 +67,7 @@ def parameters(app, what, name, obj, options, lines):
     from fastcore.docments import docments
     said = getattr(obj.__init__ if what == "class" and not is_dataclass(obj) else obj, "__annotations__", {})
     # only a type that is written down: docments would guess one from the default
-    rows = {k: describe(said.get(k, inspect.Parameter.empty), v.docment) for k, v in docments(obj, full=True, eval_str=False).items() if k != "self"}
+    rows = {k: describe(said.get(k, inspect.Parameter.empty), v.docment) for k, v in docments(obj, full=True, eval_str=False, args_kwargs=True).items() if k != "self"}
     returned = rows.pop("return", "")
     lines += ["", *(f":param {k}: {v}" for k, v in rows.items() if v), *([f":returns: {returned}"] if returned else []), ""]
 
