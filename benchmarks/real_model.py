@@ -178,9 +178,10 @@ def chats(run, kind, seed) -> Path:
     "The data of a fine-tuning: word problems with their steps, or conversations drawn from the teacher."
     file = run.runs / f"{kind}-{seed}.jsonl"
     if kind == "problems" or file.exists(): return file
-    around = lambda **more: run.tokenizer.apply_chat_template([dict(role="user", content="\x00")], tokenize=False, **more).split("\x00")
-    turn, end = around(add_generation_prompt=True)[1], around()[1].strip()
-    user = around()[0][-len(turn):].split("\n")[-2] if "\n" in turn else around()[0]
+    render = lambda *said: run.tokenizer.apply_chat_template([dict(role=role, content=c) for role, c in zip(("user", "assistant", "user"), said)], tokenize=False)
+    _, turn, between, _ = re.split("[\0\1\2]", render("\0", "\1", "\2"))
+    end = render("\0", "\1").split("\1")[1].strip()
+    user = between.strip().removeprefix(end).strip()
     said = re.compile(f"{re.escape(user)}\\s*(\\S.+?){re.escape(turn)}(.+?){re.escape(end)}", re.S)
     drawn = torch.load(run.runs / "texts-0.pt", weights_only=True).tolist()
     rows = [dict(prompt=p, completion=a) for text in run.tokenizer.batch_decode(drawn) for p, a in said.findall(text) if end not in p]
