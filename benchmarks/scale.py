@@ -126,6 +126,7 @@ def tuning(out: Path, steps: int = 10, rows: int = 8):
     if "GPUS" in os.environ: gpus = list(map(int, os.environ["GPUS"].split()))
     T, file = 256 if TINY else 4096, out / "fsdp_2b.json"
     runs = json.loads(file.read_text())["rows"] if file.exists() else []
+    gpus = [n for n in gpus if n not in {r["gpus"] for r in runs}]
     with tempfile.TemporaryDirectory(dir=os.environ.get("BIG")) as folder:
         folder, model, words = Path(folder), make("2B"), tokenizer()
         words.add_special_tokens(dict(eos_token="<|end|>"))
