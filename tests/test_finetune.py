@@ -240,5 +240,7 @@ def test_needs_grow_and_shrink_as_they_should():
     nine = HypeNetConfig.preset("9B")
     total = lambda *a, **k: ft.training_needs(nine, *a, **k)["total_gb"]
     assert total(4096, 1) > total(4096, 2) > total(4096, 8) > 20 and total(8192, 8) > total(4096, 8) and total(4096, lora=True) < total(4096, 1) / 3
-    two = json.loads((Path(__file__).parent.parent / "results" / "scale" / "fsdp_2b.json").read_text())["rows"][0]
-    assert ft.training_needs(HypeNetConfig.preset("2B"), 4096)["total_gb"] == pytest.approx(two["peak_gpu_gb"], rel=.05)  # as measured on one H100
+    measured = json.loads((Path(__file__).parent.parent / "results" / "scale" / "fsdp_2b.json").read_text())["rows"]
+    assert {r["gpus"] for r in measured} == {1, 2}
+    for r in measured:  # on H100: never more than computed, and not much less
+        assert .85 < r["peak_gpu_gb"] / ft.training_needs(HypeNetConfig.preset("2B"), 4096 * r.get("rows_at_once", 1), r["gpus"])["total_gb"] < 1
