@@ -6,7 +6,7 @@ unconverted model in our classes), nope, nope-long, nope-hybrid (the last three 
 soft-N (the softmax control) and nope-N. A stage that is done is passed over; one that is interrupted goes on where its last save was; stages that do not
 wait for each other may run side by side in processes of their own. RUNS holds weights and texts, OUT gets one json a stage.
 
-Profiles: gpu (H100; two of them, busy with this and other benchmarks, came in 28 minutes to the hybrids and most of three seeds; alone on one, alignment to long takes about six), colab (a T4: fine-tunes and
+Profiles: gpu (H100; two of them, busy with this and other benchmarks, came in 28 minutes to the hybrids and most of three seeds; nearly alone on one, alignment to long took seven), colab (a T4: fine-tunes and
 repairs a hybrid that --hybrid names, once; not run there), cpu (up to align in half an hour on two cores), tiny (random weights, to see that the path works)."""
 import argparse
 import json
@@ -28,6 +28,7 @@ from qkrestore_nb.core import pick_profile, provenance
 from qkrestore_nb.diagnostics import autocorrelation, fit_decay, gradient_range
 from qkrestore_nb.finetune import encode_chat, finetune
 from qkrestore_nb.prose import local_text
+from qkrestore_nb.softmax_attention import without_cudnn
 from qkrestore_nb.variants import variant
 
 GPU = dict(keep=8, layers=dict(T=512, window=64, texts=16, answers=128), texts=dict(files=2, n=8192, T=512, rows=4096), needles={512: 200, 1024: 200, 2048: 200, 4096: 100, 8192: 100},
@@ -116,21 +117,18 @@ def layers(run):
     return dict(rows=distill.layer_values(teacher, [ids[i * step:i * step + r["T"]] for i in range(r["texts"])], answers, r["window"], run.at_once(), lambda text: print(text, flush=True)))
 
 
+@without_cudnn()  # decoding has a new shape at every token
 def asked(run, model) -> dict:
     "test -> length or kind -> {correct, n}: needles by whether the answer comes at once (correct) or at all (said), word problems by what is said last."
     model, q = run.half(model), _asked(run)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans anew for each shape, and decoding has a new one at every token
     scores = {kind: {} for kind in q["recall"]}
     for T in run.recipe["recall"]:  # all kinds together: decoding many takes as long as decoding few
-        rows = [(kind, (x.tolist(), n)) for kind in scores for x, n in q["recall"][kind][T]]
-        ok, said = distill.answered(model, [r for _, r in rows], run.at_once()), distill.spoken(model, run.tokenizer, [r for _, r in rows], tokens=run.at_once())
-        for kind in scores:
-            mine = [i for i, (k, _) in enumerate(rows) if k == kind]
-            scores[kind][str(T)] = dict(correct=sum(ok[i][1] for i in mine), n=len(mine), said=sum(said[i] for i in mine))
+        kinds, rows = zip(*((kind, (x.tolist(), n)) for kind in scores for x, n in q["recall"][kind][T]))
+        seen = list(zip(kinds, distill.answered(model, rows, run.at_once()), distill.spoken(model, run.tokenizer, rows, tokens=run.at_once())))
+        for kind in scores: scores[kind][str(T)] = dict(correct=sum(ok for k, (_, ok), _ in seen if k == kind), n=kinds.count(kind), said=sum(said for k, _, said in seen if k == kind))
     tasks = [t for group in q["tasks"].values() for t in group]
     said = iter(solve(model, run.tokenizer, tasks, run.recipe["room"], 256))
     scores["problems"] = {name: dict(correct=sum(next(said)[0] for _ in group), n=len(group)) for name, group in q["tasks"].items()}
-    torch.backends.cuda.enable_cudnn_sdp(True)
     return scores
 
 
@@ -192,6 +190,12 @@ def chats(run, kind, seed) -> Path:
     return file
 
 
+def remembered(rows: list[list[int]]) -> dict:
+    "How far texts of one length remember themselves."
+    c = autocorrelation(np.array(rows), 128)
+    return dict(texts=len(rows), c=c.tolist(), fit={k: float(v[0]) for k, v in fit_decay(np.arange(1, 129), c[1:]).items()})
+
+
 def reach(run):
     "How far the gradients of chains and of chat reach in the hybrid, before any fine-tuning, and how far the texts remember themselves."
     out, model = {}, run.load("long").eval()
@@ -204,9 +208,7 @@ def reach(run):
         found = gradient_range(model, batch)
         g, low, high = found.curve()
         layers = {i: found.summary(i) for i in found.layers}
-        c = autocorrelation(np.array(long), 128) if long else None  # of the first 256 tokens of texts that have them
-        corr = dict(texts=len(long), c=c.tolist(), fit={k: float(v[0]) for k, v in fit_decay(np.arange(1, 129), c[1:]).items()}) if long else None
-        out[kind] = dict(corr=corr, tau=found.tau.tolist(), g=g.tolist(), low=low.tolist(), high=high.tolist(), summary=found.summary(), layers=layers, loss=found.loss, longest=T)
+        out[kind] = dict(corr=remembered(long) if long else None, tau=found.tau.tolist(), g=g.tolist(), low=low.tolist(), high=high.tolist(), summary=found.summary(), layers=layers, loss=found.loss, longest=T)
     return out
 
 

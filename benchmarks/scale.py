@@ -2,7 +2,7 @@
 
 Sections: 2b 5b 9b (prefill and answers at 128K and 256K), fsdp_2b (fine-tuning on one GPU and on all that there are), restore_9b (a pair of
 17.7 GB checkpoints on this machine's disk), pro_9b (QK-Pro of all softmax layers on the GPU). One json each in OUT; what is finished is
-written at once. LENGTHS, GPUS, BIG (a folder for the large files) and TINY (a dry run anywhere) are environment variables."""
+written at once. LENGTHS, BIG (a folder for the large files) and TINY (a dry run anywhere) are environment variables."""
 import gc
 import json
 import os
@@ -123,7 +123,6 @@ def chains(file: Path, n: int, seed: int = 0):
 def tuning(out: Path, steps: int = 10, rows: int = 8):
     "Fine-tuning the 2B on all GPUs, then with the same settings on the last: losses, seconds a step, memory. What stands in OUT already is kept."
     gpus = sorted({1, max(1, torch.cuda.device_count())}, reverse=True) if DEVICE == "cuda" else [2, 1]
-    if "GPUS" in os.environ: gpus = list(map(int, os.environ["GPUS"].split()))
     T, file = 256 if TINY else 4096, out / "fsdp_2b.json"
     runs = json.loads(file.read_text())["rows"] if file.exists() else []
     gpus = [n for n in gpus if n not in {r["gpus"] for r in runs}]

@@ -10,7 +10,6 @@ __all__ = ['PRESETS', 'HypeNetConfig', 'HypeNetRMSNorm', 'HypeNetMLP', 'eager_at
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -24,7 +23,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .linear_attention import _borders, decay_slopes, linear_attention
-from .softmax_attention import attention_logits, fused_attention, log_scale, rms_norm, rope_angles, rotate
+from .softmax_attention import attention_logits, fused_attention, log_scale, rms_norm, rope_angles, rotate, without_cudnn
 
 _CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"  # transformers 5.24 gave it a shorter name
 
@@ -167,7 +166,7 @@ def attend_documents(q, k, v, groups, scaling, dropout=0.0) -> torch.Tensor:
     B, _, T, _ = q.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
     parts, at = [], []
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):  # cuDNN would plan anew for every shape, 25 ms each
+    with without_cudnn():  # nearly every row has new shapes
         for places, tokens in groups:  # padding stands behind a document, where causal attention does not look
             parts.append(fused_attention(q[places], k[places], v[places], scale=scaling, dropout=dropout).flatten(0, 1)[tokens])
             at.append(places.flatten()[tokens])
@@ -199,11 +198,10 @@ class HypeNetAttention(nn.Module):
         dropout = self.config.attention_dropout if self.training else 0.0
         if self.config._attn_implementation == "sdpa":
             if groups is not None: return attend_documents(q, k, v, groups, self.D ** -0.5, dropout), None
-            if attention_mask is None:  # plainly causal, the queries last: no mask to build, however long the cache
-                q, k, v = q.transpose(1, 2), k[:, :, :kv_length].transpose(1, 2), v[:, :, :kv_length].transpose(1, 2)
-                return fused_attention(q, k, v, scale=self.D ** -0.5, dropout=dropout), None
-            if q.shape[2] == 1 and attention_mask.dtype == torch.bool and not self.training:  # decoding in a static cache: transformers would repeat its keys
-                return fused_attention(*(x.transpose(1, 2) for x in (q, k, v)), attention_mask, self.D ** -0.5), None
+            # plainly causal, the queries last: no mask to build, however long the cache; or decoding in a static one, whose keys transformers would repeat
+            if attention_mask is None or q.shape[2] == 1 and attention_mask.dtype == torch.bool and not self.training:
+                q, k, v = (x.transpose(1, 2) for x in (q, k[:, :, :kv_length], v[:, :, :kv_length]))
+                return fused_attention(q, k, v, attention_mask, self.D ** -0.5, dropout), None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         return attend(self, q, k, v, attention_mask, scaling=self.D ** -0.5, dropout=dropout, **kwargs)
 
