@@ -28,7 +28,6 @@ from qkrestore_nb.core import pick_profile, provenance
 from qkrestore_nb.diagnostics import autocorrelation, fit_decay, gradient_range
 from qkrestore_nb.finetune import encode_chat, finetune
 from qkrestore_nb.prose import local_text
-from qkrestore_nb.softmax_attention import without_cudnn
 from qkrestore_nb.variants import variant
 
 GPU = dict(keep=8, layers=dict(T=512, window=64, texts=16, answers=128), texts=dict(files=2, n=8192, T=512, rows=4096), needles={512: 200, 1024: 200, 2048: 200, 4096: 100, 8192: 100},
@@ -117,15 +116,14 @@ def layers(run):
     return dict(rows=distill.layer_values(teacher, [ids[i * step:i * step + r["T"]] for i in range(r["texts"])], answers, r["window"], run.at_once(), lambda text: print(text, flush=True)))
 
 
-@without_cudnn()  # decoding has a new shape at every token
 def asked(run, model) -> dict:
     "test -> length or kind -> {correct, n}: needles by whether the answer comes at once (correct) or at all (said), word problems by what is said last."
     model, q = run.half(model), _asked(run)
     scores = {kind: {} for kind in q["recall"]}
     for T in run.recipe["recall"]:  # all kinds together: decoding many takes as long as decoding few
         kinds, rows = zip(*((kind, (x.tolist(), n)) for kind in scores for x, n in q["recall"][kind][T]))
-        seen = list(zip(kinds, distill.answered(model, rows, run.at_once()), distill.spoken(model, run.tokenizer, rows, tokens=run.at_once())))
-        for kind in scores: scores[kind][str(T)] = dict(correct=sum(ok for k, (_, ok), _ in seen if k == kind), n=kinds.count(kind), said=sum(said for k, _, said in seen if k == kind))
+        seen = list(zip(kinds, distill.spoken(model, run.tokenizer, rows, tokens=run.at_once())))
+        for kind in scores: scores[kind][str(T)] = dict(correct=sum(ok for k, (ok, _) in seen if k == kind), n=kinds.count(kind), said=sum(said for k, (_, said) in seen if k == kind))
     tasks = [t for group in q["tasks"].values() for t in group]
     said = iter(solve(model, run.tokenizer, tasks, run.recipe["room"], 256))
     scores["problems"] = {name: dict(correct=sum(next(said)[0] for _ in group), n=len(group)) for name, group in q["tasks"].items()}

@@ -111,19 +111,13 @@ def solve(
     rows: int = 16,     # tasks at a time
 ) -> list[list[int]]:
     "[1 or 0, 1] for each task: greedy decoding, through the chat template where the tokenizer has one."
-    import torch
-    from transformers import GenerationConfig
-    from qkrestore_nb.scale import _ends
+    from qkrestore_nb.hypenet import greedy, text_ends
     def text(t): return tokenizer.apply_chat_template([dict(role="user", content=t["prompt"])], add_generation_prompt=True, tokenize=False) if tokenizer.chat_template else t["prompt"]
     pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-    how, out = GenerationConfig(do_sample=False, max_new_tokens=room, pad_token_id=pad, eos_token_id=_ends(model, tokenizer)), []
+    ends, out = text_ends(model, tokenizer), []
     for i in range(0, len(tasks), rows):
         ids = [tokenizer(text(t), add_special_tokens=not tokenizer.chat_template)["input_ids"] for t in tasks[i:i + rows]]
-        T = max(map(len, ids))
-        x = torch.tensor([[pad] * (T - len(r)) + r for r in ids], device=model.device)
-        mask = torch.tensor([[0] * (T - len(r)) + [1] * len(r) for r in ids], device=model.device)
-        with torch.no_grad(): said = model.generate(x, attention_mask=mask, generation_config=how)[:, T:]
-        out += [[int(solves(tokenizer.decode(s, skip_special_tokens=True), t["answer"])), 1] for s, t in zip(said, tasks[i:i + rows])]
+        out += [[int(solves(tokenizer.decode(said, skip_special_tokens=True), t["answer"])), 1] for said, t in zip(greedy(model, ids, room, ends, pad), tasks[i:i + rows])]
     return out
 
 # %% ../nbs/13b_audit.ipynb #87320750

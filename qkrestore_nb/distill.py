@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .checkpoints import CheckpointError
-from .hypenet import HypeNetConfig, HypeNetForCausalLM
+from .hypenet import HypeNetConfig, HypeNetForCausalLM, greedy, text_ends
+from .prose import score
 from .softmax_attention import rope_angles
 from .training import compiled, train
 
@@ -316,18 +317,15 @@ def spoken(
     rows: list[tuple[list[int], int]],  # ids, and how many of the last ones are the answer
     room: int = 16,                     # tokens that may be said beside the answer
     tokens: int = 8192,                 # read at once, unless a row is longer
-) -> list[bool]:
-    "For each row, in its order: whether its answer stands in what the model says next, greedily. RULER's string match (arXiv 2404.06654)."
-    from transformers import GenerationConfig
-    from qkrestore_nb.prose import score
+) -> list[tuple[bool, bool]]:
+    "For each row, in its order, about what the model says next, greedily: whether it begins with the answer's tokens, and whether the answer stands in it (RULER's string match, arXiv 2404.06654)."
     prompts, out = [x[:-n] for x, n in rows], {}
     pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    ends = text_ends(model, tokenizer)
     for group in _groups([len(p) for p in prompts], tokens):
-        T = len(prompts[group[0]])
-        x, mask = (torch.tensor([[empty] * (T - len(prompts[i])) + full(prompts[i]) for i in group], device=model.device) for empty, full in ((pad, list), (0, lambda p: [1] * len(p))))
-        how = GenerationConfig(do_sample=False, max_new_tokens=max(rows[i][1] for i in group) + room, pad_token_id=pad)
-        for i, said in zip(group, model.generate(x, attention_mask=mask, generation_config=how)[:, T:]):
-            out[i] = score(tokenizer.decode(said, skip_special_tokens=True), [tokenizer.decode(rows[i][0][-rows[i][1]:]).strip()]) == 1
+        for i, said in zip(group, greedy(model, [prompts[i] for i in group], max(rows[i][1] for i in group) + room, ends, pad)):
+            answer = rows[i][0][-rows[i][1]:]
+            out[i] = said[:len(answer)] == answer, score(tokenizer.decode(said, skip_special_tokens=True), [tokenizer.decode(answer).strip()]) == 1
     return [out[i] for i in range(len(rows))]
 
 # %% ../nbs/12_real_model.ipynb #d91d25cf

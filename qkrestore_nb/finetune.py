@@ -192,6 +192,7 @@ def finetune(
     except ImportError as e: raise CheckpointError('accelerate is missing: pip install "qkrestore_nb[train]"') from e
     from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_with_min_lr_schedule_with_warmup
     from qkrestore_nb.hypenet import HypeNetForCausalLM, compile_layers
+    from qkrestore_nb.linear_attention import pick_backend
     from qkrestore_nb.scale import _config
     found = _config(checkpoint, trust_remote_code)
     kept = found.dtype or torch.float32  # out has the format that pre has, so that one can be restored from the other
@@ -220,7 +221,7 @@ def finetune(
     model.train()
     plain = model.base_model.model if rank else model
     getattr(plain, "activation_checkpointing_enable", plain.gradient_checkpointing_enable)(dict(use_reentrant=False))  # its name from transformers 5.24 on
-    if cuda and isinstance(plain, HypeNetForCausalLM): compile_layers(plain)  # what lies between the attention kernels; documents of any length pass between
+    if cuda and isinstance(plain, HypeNetForCausalLM): compile_layers(plain, whole=pick_backend(T, accelerator.device)[0] == "triton")
     opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, betas=(.9, .95), weight_decay=0., fused=cuda)
     model, opt = accelerator.prepare(model, opt)
     schedule = get_cosine_with_min_lr_schedule_with_warmup(opt, max(1, steps * 3 // 100), steps, min_lr_rate=.1)

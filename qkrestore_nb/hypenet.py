@@ -3,16 +3,18 @@
 # %% auto #0
 __all__ = ['PRESETS', 'HypeNetConfig', 'HypeNetRMSNorm', 'HypeNetMLP', 'eager_attention', 'attend_documents', 'HypeNetAttention',
            'LightningAttention', 'HypeNetDecoderLayer', 'HypeNetPreTrainedModel', 'check_padding', 'document_ids',
-           'document_groups', 'HypeNetModel', 'HypeNetForCausalLM', 'HybridConfig', 'HybridForCausalLM', 'prefill',
-           'compile_layers']
+           'has_flash', 'document_borders', 'document_groups', 'HypeNetModel', 'HypeNetForCausalLM', 'HybridConfig',
+           'HybridForCausalLM', 'prefill', 'text_ends', 'greedy', 'compile_layers']
 
 # %% ../nbs/03_hybrid.ipynb #04fadf2a
+from itertools import takewhile
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask, find_packed_sequence_indices
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -161,13 +163,16 @@ def eager_attention(module, q, k, v, attention_mask, scaling, dropout=0.0, **kwa
     return torch.einsum("bhts,bhsd->bthd", weights, v), weights
 
 
-def attend_documents(q, k, v, groups, scaling, dropout=0.0) -> torch.Tensor:
-    "Packed rows (B, H, T, D), document by document, those of similar length side by side: (B, T, H, D). groups: of `document_groups`."
+def attend_documents(q, k, v, packed, scaling, dropout=0.0) -> torch.Tensor:
+    "Packed rows (B, H, T, D), document by document: (B, T, H, D). packed: borders and the longest document for the flash kernel, or `document_groups`."
     B, _, T, _ = q.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    if isinstance(packed, tuple):
+        borders, longest = packed
+        return torch.ops.aten._flash_attention_forward(q, k, v, borders, borders, longest, longest, dropout, True, False, scale=scaling)[0].unflatten(0, (B, T))
     parts, at = [], []
     with without_cudnn():  # nearly every row has new shapes
-        for places, tokens in groups:  # padding stands behind a document, where causal attention does not look
+        for places, tokens in packed:  # padding stands behind a document, where causal attention does not look
             parts.append(fused_attention(q[places], k[places], v[places], scale=scaling, dropout=dropout).flatten(0, 1)[tokens])
             at.append(places.flatten()[tokens])
     o = torch.cat(parts)
@@ -193,11 +198,11 @@ class HypeNetAttention(nn.Module):
         kind, a = scale
         return q * a if kind == "constant" else (q.float() * log_scale(position_ids, a)[:, :, None, None]).to(q.dtype)
 
-    def attend(self, q, k, v, attention_mask, kv_length=None, groups=None, **kwargs):
+    def attend(self, q, k, v, attention_mask, kv_length=None, packed=None, **kwargs):
         "transformers' attention functions; for sdpa our own forms where they read less memory."
         dropout = self.config.attention_dropout if self.training else 0.0
         if self.config._attn_implementation == "sdpa":
-            if groups is not None: return attend_documents(q, k, v, groups, self.D ** -0.5, dropout), None
+            if packed is not None: return attend_documents(q, k, v, packed, self.D ** -0.5, dropout), None
             # plainly causal, the queries last: no mask to build, however long the cache; or decoding in a static one, whose keys transformers would repeat
             if attention_mask is None or q.shape[2] == 1 and attention_mask.dtype == torch.bool and not self.training:
                 q, k, v = (x.transpose(1, 2) for x in (q, k[:, :, :kv_length], v[:, :, :kv_length]))
@@ -275,7 +280,7 @@ class LightningAttention(nn.Module):
         if self.config.lightning_use_output_gate: o = o * self.z_proj(x).sigmoid()
         return self.o_proj(o)
 
-    def forward(self, x, rope, position_ids, attention_mask=None, past_key_values=None, documents=None, **kwargs):
+    def forward(self, x, rope, position_ids, attention_mask=None, past_key_values=None, documents=None, borders=None, **kwargs):
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         # a padded token must leave no trace: nothing in the convolution, nothing written into the state
         if attention_mask is not None: q, k, v = (y * attention_mask[..., None].to(y.dtype) for y in (q, k, v))
@@ -286,7 +291,7 @@ class LightningAttention(nn.Module):
             # SiLU(0) = 0, but a token just after the padding must not write for it: mask the value once more
             if attention_mask is not None: v = v * attention_mask[..., None].to(v.dtype)
         q, k, v = self.heads(q, k, v, rope)
-        o, state = linear_attention(q, k, v, -decay_slopes(self.H, q.device), state, documents)
+        o, state = linear_attention(q, k, v, -decay_slopes(self.H, q.device), state, documents, borders)
         if cache is not None:
             past_key_values.update_recurrent_state(state, self.layer_idx)
             cache.has_previous_state[0] = True  # transformers sets it only where there is a convolution
@@ -350,19 +355,37 @@ def document_ids(
     return documents
 
 
-def document_groups(
+def has_flash(
+    x: torch.Tensor,  # what a layer reads
+    D: int,           # head dimension
+) -> bool:
+    "Whether PyTorch's flash kernel takes what becomes of x: a GPU from sm_80 on, half precision, and nobody has switched it off."
+    if not x.is_cuda or D % 8 or D > 256 or not torch.backends.cuda.flash_sdp_enabled() or torch.cuda.get_device_capability(x.device) < (8, 0): return False
+    return (torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype) in (torch.float16, torch.bfloat16)
+
+
+def document_borders(
     documents: torch.Tensor,  # (B, T) of `document_ids`
+) -> tuple[torch.Tensor, list[int]]:
+    "Where each document begins and the last ends in the flattened batch; as a tensor with empty documents added, so that one shape serves most rows, and as they are."
+    borders = _borders(documents).tolist()
+    return torch.tensor(borders + borders[-1:] * (-(len(borders) - 1) % 256), device=documents.device), borders
+
+
+def document_groups(
+    borders: list[int],  # of `document_borders`
+    device,              # where the places are needed
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Documents whose lengths have the same power of two, padded to the longest of them: for each group the places of its tokens in the
     flattened batch (N, L), padding included, and which of the N * L are tokens. So padding at most doubles what is read."""
-    borders, groups = _borders(documents).tolist(), {}
+    groups: dict = {}
     for start, end in zip(borders, borders[1:]): groups.setdefault((end - start - 1).bit_length(), []).append((start, end - start))
     out = []
     for members in groups.values():
         starts, lengths = torch.tensor(members).T
         t = torch.arange(max(n for _, n in members))
         places = starts[:, None] + t.clamp(max=lengths[:, None] - 1)
-        out.append((places.to(documents.device), (t < lengths[:, None]).flatten().nonzero().flatten().to(documents.device)))
+        out.append((places.to(device), (t < lengths[:, None]).flatten().nonzero().flatten().to(device)))
     return out
 
 # %% ../nbs/03_hybrid.ipynb #7c02ca2e
@@ -402,14 +425,17 @@ class HypeNetModel(HypeNetPreTrainedModel):
         plain = eager and self.config._attn_implementation == "sdpa" and attention_mask is None and documents is None and T > 1
         if plain: kwargs["kv_length"] = int(seen) + T  # queries last, nothing padded: causal without a mask
         # a mask of T x T would make every token pay for all documents of its row
-        groups = document_groups(documents) if documents is not None and eager and self.config._attn_implementation == "sdpa" else None
-        masks = attention_mask if prepared else {"full_attention": None if plain or groups else create_causal_mask(**mask),
+        packed = borders = None
+        if documents is not None and eager and self.config._attn_implementation == "sdpa":
+            borders, places = document_borders(documents)
+            packed = (borders.int(), max(b - a for a, b in zip(places, places[1:]))) if has_flash(x, self.config.head_dim) else document_groups(places, x.device)
+        masks = attention_mask if prepared else {"full_attention": None if plain or packed else create_causal_mask(**mask),
                                                  "linear_attention": create_recurrent_attention_mask(**mask)}
         ropes = {D: rope_angles(position_ids, D, self.config.rope_theta) for D in {self.config.head_dim, self.config.lightning_head_dim}}
         for kind, layer in zip(self.config.layer_types, self.layers):
             D = self.config.head_dim if kind == "full_attention" else self.config.lightning_head_dim
-            x = layer(x, rope=ropes[D], position_ids=position_ids, attention_mask=masks[kind], past_key_values=past_key_values,
-                      documents=documents, groups=groups, **kwargs)
+            own = dict(packed=packed) if kind == "full_attention" else dict(borders=borders)  # packed is new in every row: a linear layer, compiled whole, must not see it
+            x = layer(x, rope=ropes[D], position_ids=position_ids, attention_mask=masks[kind], past_key_values=past_key_values, documents=documents, **own, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{_CACHE: past_key_values})
 
 
@@ -468,14 +494,75 @@ def prefill(
     for piece in input_ids.split(chunk, 1): x = model.base_model(piece, use_cache=True, **{_CACHE: cache}).last_hidden_state[:, -1:]
     return model.get_output_embeddings()(x), cache
 
+# %% ../nbs/03_hybrid.ipynb #5b1d7c03
+def _stepwise(model, prompts, room, ends) -> list[list[int]]:
+    "Token by token in a static cache; for HypeNet's family."
+    lengths, device = torch.tensor([[len(p)] for p in prompts], device=model.device), model.device
+    first, L = min(map(len, prompts)), max(map(len, prompts)) + room
+    ids = torch.tensor([p + [-1] * (L - len(p)) for p in prompts], device=device)  # -1: not known yet
+    cache, slots = StaticCache(config=model.config, max_cache_len=L), torch.arange(L, device=device)
+    at, stop = torch.tensor([first], device=device), torch.tensor(sorted(ends), dtype=ids.dtype, device=device)
+    def put(logits):
+        known = ids.index_select(1, at)
+        ids.index_copy_(1, at, torch.where(known < 0, logits[:, -1:].argmax(-1), known))
+    def step():
+        mask = dict(full_attention=(slots <= at)[None, None, None], linear_attention=None)
+        logits = model(ids.index_select(1, at), attention_mask=mask, position_ids=at[None], use_cache=True, **{_CACHE: cache}).logits
+        at.add_(1)
+        put(logits)
+    put(prefill(model, ids[:, :first], first, cache)[0])
+    go = step
+    for t in range(first, L - 1):
+        if t == first + 2 and ids.is_cuda:  # by now every kernel has been chosen
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph): step()
+            go = graph.replay
+        go()
+        if t % 16 == 0 and ends and ((slots >= lengths) & torch.isin(ids, stop)).any(1).all(): break
+    return [[i for i in row[n:n + room] if i >= 0] for row, n in zip(ids.tolist(), map(len, prompts))]
+
+
+def _padded(model, prompts, room, ends, pad) -> list[list[int]]:
+    "transformers' generate, padded on the left; for any family."
+    T = max(map(len, prompts))
+    x, mask = (torch.tensor([[empty] * (T - len(p)) + full(p) for p in prompts], device=model.device) for empty, full in ((pad, list), (0, lambda p: [1] * len(p))))
+    how = GenerationConfig(do_sample=False, max_new_tokens=room, pad_token_id=pad, eos_token_id=sorted(ends) or None)
+    with without_cudnn(): return model.generate(x, attention_mask=mask, generation_config=how)[:, T:].tolist()  # a new shape at every token
+
+
+def text_ends(
+    model,
+    tokenizer,
+) -> set[int]:
+    "The tokens that end a text: the model's, or else the tokenizer's."
+    stop = model.generation_config.eos_token_id if model.generation_config.eos_token_id is not None else tokenizer.eos_token_id
+    return {stop} if isinstance(stop, int) else set(stop or [])
+
+
+@torch.no_grad()
+def greedy(
+    model: PreTrainedModel,     # any causal language model
+    prompts: list[list[int]],   # of any lengths
+    room: int,                  # tokens an answer may have
+    ends: set[int] = frozenset(),  # tokens that end one
+    pad: int = 0,               # filler for other families than HypeNet's
+) -> list[list[int]]:
+    "What the model says to many prompts at once, by the likeliest token each time; without the token that ends it."
+    said = _stepwise(model, prompts, room, ends) if isinstance(model, HypeNetForCausalLM) else _padded(model, prompts, room, ends, pad)
+    return [list(takewhile(lambda t: t not in ends, x)) for x in said]
+
 # %% ../nbs/03_hybrid.ipynb #2021c752
 def compile_layers(
     model: "HypeNetForCausalLM",  # changed in place
+    whole: bool = False,          # linear layers in one piece: for training without a cache on rows of one shape, with fla's kernels
 ) -> "HypeNetForCausalLM":
     "Compile what lies between the attention kernels, for training and prefill; returns the model. (`generate` compiles decoding itself.)"
     torch._dynamo.config.recompile_limit = 64  # two kinds of layer, with and without gradients, under autocast and not
     for layer in model.model.layers:
         mixer = layer.self_attn
+        if whole and isinstance(mixer, LightningAttention):
+            layer.forward = torch.compile(layer.forward, dynamic=False)  # the forward alone: who shards or checkpoints the layer hooks into its call
+            continue
         for name in ("project", "heads", "finish"):
             if hasattr(mixer, name): setattr(mixer, name, torch.compile(getattr(mixer, name)))
         for module in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm): module.compile()

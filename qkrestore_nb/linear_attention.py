@@ -211,12 +211,13 @@ def linear_attention_triton(
     decay: torch.Tensor,                # (H,) logarithm of the factor per token, <= 0
     state: torch.Tensor | None = None,  # (B, H, D, D); None: nothing stored yet
     documents: torch.Tensor | None = None,  # (B, T) document of each token; None: one
+    borders: torch.Tensor | None = None,    # where they begin and end in the flattened batch, if that is known: empty ones at the end are allowed
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "The chunked form in flash-linear-attention's kernels (simple_gla). Raises ImportError where they are missing or too old."
-    (B, T), borders = q.shape[:2], None
+    B, T = q.shape[:2]
     q, k, decay = q.to(v.dtype), k.to(v.dtype), decay.float()
     if documents is not None:
-        borders = _borders(documents)
+        if borders is None: borders = _borders(documents)
         row = torch.searchsorted(borders, T * torch.arange(B + 1, device=q.device))  # the document that each row begins with
         if state is not None: state = state.new_zeros(len(borders) - 1, *state.shape[1:]).index_copy(0, row[:-1], state)
         q, k, v = (x.flatten(0, 1)[None] for x in (q, k, v))
@@ -269,6 +270,7 @@ def linear_attention(
     decay: torch.Tensor,                # (H,) logarithm of the factor per token, <= 0
     state: torch.Tensor | None = None,  # (B, H, D, D) float32; None: nothing stored yet
     documents: torch.Tensor | None = None,  # (B, T) document of each token; None: one
+    borders: torch.Tensor | None = None,    # the same for fla's kernels, as in `linear_attention_triton`
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "One contract for every form; `pick_backend` chooses. Sums in float32; o in v's dtype, but float32 for float16, which overflows."
     backend, _ = pick_backend(q.shape[1], q.device)
@@ -276,7 +278,7 @@ def linear_attention(
     q, k, v = (q, k, v.to(dtype)) if backend == "triton" else (q.float(), k.float(), v.float())
     # entering autocast's context costs as much as a kernel's launch: only where there is one to leave
     with torch.autocast(q.device.type, enabled=False) if torch.is_autocast_enabled(q.device.type) else contextlib.nullcontext():
-        o, state = FORMS[backend](q, k, v, decay.float(), state, documents)
+        o, state = FORMS[backend](q, k, v, decay.float(), state, documents, *[borders] * (backend == "triton"))
     return o.to(dtype), state
 
 # %% ../nbs/02_linear_attention.ipynb #0452da55

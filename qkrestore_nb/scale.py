@@ -154,11 +154,6 @@ def compiled_step(
     return torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
 
 
-def _ends(model, tokenizer) -> int | list[int] | None:
-    "The tokens that end a text: the model's, or else the tokenizer's."
-    return model.generation_config.eos_token_id if model.generation_config.eos_token_id is not None else tokenizer.eos_token_id
-
-
 def _static(model) -> bool: return model.config.model_type in ("hypenet", "hybrid")
 
 
@@ -189,15 +184,14 @@ def ask(
     "What the model says to each question of one haystack, which it reads once. Raises CheckpointError where its logits are not numbers."
     import torch
     from transformers import DynamicCache, StaticCache
-    from qkrestore_nb.hypenet import prefill
+    from qkrestore_nb.hypenet import prefill, text_ends
     prompts = [tokenizer(prompt(hay, q))["input_ids"] for q in hay["questions"]]
     shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
     # a static cache never copies what it holds; other families may have layers that it does not know
     if cache is not None: cache.reset()
     elif _static(model): cache = StaticCache(config=model.config, max_cache_len=max(map(len, prompts)) + room)
     else: cache = DynamicCache(config=model.config)
-    stop = _ends(model, tokenizer)
-    ends = {stop} if isinstance(stop, int) else set(stop or [])
+    ends = text_ends(model, tokenizer)
     with torch.no_grad():
         first, _ = prefill(model, torch.tensor([prompts[0][:shared]], device=model.device), chunk, cache)
         if first.isnan().any(): raise CheckpointError(f"the logits are not numbers in {model.dtype}: load the model in float32, or take device='cpu'")  # float16 ends at 65,504

@@ -129,7 +129,7 @@ def test_answered_is_greedy_decoding(hybrid):
 
 @pytest.mark.parametrize("hybrid", [False, True])
 def test_spoken_finds_what_is_said_late(hybrid):
-    "Rows of several lengths at once, padded on the left: the same as each alone; an answer that comes after two other tokens counts, one that never comes does not."
+    "Rows of several lengths at once: the same as each alone; an answer that comes after two other tokens counts, one that never comes does not."
     model, tokenizer = make(TEACHERS["qwen3"]), small_tokenizer()
     if hybrid: model = d.convert(model, [1])
     rows, words = [], [i for i in range(1000) if tokenizer.decode([i]).strip().isalnum() and len(tokenizer.decode([i]).strip()) > 3]
@@ -140,8 +140,9 @@ def test_spoken_finds_what_is_said_late(hybrid):
         never = next(i for i in words if tokenizer.decode([i]).strip().lower() not in tokenizer.decode(model.generate(torch.tensor([x]), attention_mask=torch.ones(1, n, dtype=torch.long), max_new_tokens=20, do_sample=False, pad_token_id=0)[0, n:]).lower())
         assert tokenizer.decode(said[2:]).strip().lower() in text
         rows += [(x + said[2:], len(said) - 2), (x + [never], 1)]
-    assert d.spoken(model, tokenizer, rows, tokens=50) == [True, False] * 3 == [d.spoken(model, tokenizer, [r])[0] for r in rows]
-    assert not all(right for _, right in d.answered(model, rows[::2]))
+    seen = d.spoken(model, tokenizer, rows, tokens=50)
+    assert [said for _, said in seen] == [True, False] * 3 and seen == [d.spoken(model, tokenizer, [r])[0] for r in rows]
+    assert [at_once for at_once, _ in seen] == [right for _, right in d.answered(model, rows)] and not all(at_once for at_once, _ in seen[::2])
 
 
 def test_batches():

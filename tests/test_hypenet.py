@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM, document_groups
+from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM, document_borders, document_groups
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -179,7 +179,9 @@ def test_documents_are_grouped_by_length():
     "Every token stands once in its own document's row, in order; padding at most doubles what is read; two packed rows at once are two packed rows."
     lengths = torch.tensor([1, 200, 3, 70, 64, 65, 1, 96])
     documents = torch.arange(8).repeat_interleave(lengths).view(2, 250)  # the third document is cut by the end of the first row
-    groups = document_groups(documents)
+    padded, borders = document_borders(documents)
+    assert borders == [0, 1, 201, 204, 250, 274, 338, 403, 404, 500] and padded.tolist() == borders + [500] * (257 - len(borders))
+    groups = document_groups(borders, "cpu")
     tokens = torch.cat([places.flatten()[real] for places, real in groups])
     assert tokens.sort().values.tolist() == list(range(500)) and sum(places.numel() for places, _ in groups) <= 2 * 500
     row = torch.arange(500) // 250

@@ -31,20 +31,21 @@ from qkrestore_nb.linear_attention import FORMS, decay_slopes
 torch.manual_seed(0)
 x = (torch.randn(3, 1, 100, 2, 16) / 4).requires_grad_()
 state = torch.randn(1, 2, 16, 16).requires_grad_()
-def loss(form, x, state):  # quadratic: a loss that bends more would magnify the rounding of o, not test the kernels
-    o, S = form(*x, -decay_slopes(2).to(x.dtype), state)
+documents, borders = torch.tensor([[0] * 30 + [1] * 40 + [2] * 3 + [3] * 27]), torch.tensor([0, 30, 70, 73, 100, 100, 100])
+def loss(form, x, state, *documents):  # quadratic: a loss that bends more would magnify the rounding of o, not test the kernels
+    o, S = form(*x, -decay_slopes(2).to(x.dtype), state, *documents)
     return o.square().sum() + S.square().sum()
 graphs = []
 def backend(graph, inputs):
     from torch._dynamo.backends.debugging import aot_eager
     graphs.append("lightning" in str(graph.code))
     return aot_eager(graph, inputs)
-for S in (None, state):
+for S, d in ((None, []), (state, []), (state, [documents, borders])):
     judge = [y.detach().double().requires_grad_() for y in ([x] if S is None else [x, S])]
-    want = torch.autograd.grad(loss(FORMS["chunked"], judge[0], None if S is None else judge[1]), judge)
-    got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend=backend)(FORMS["triton"], x, S), [x] if S is None else [x, S])
+    want = torch.autograd.grad(loss(FORMS["chunked"], judge[0], None if S is None else judge[1], *d[:1]), judge)
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend=backend)(FORMS["triton"], x, S, *d), [x] if S is None else [x, S])
     for a, b in zip(got, want): assert (a - b).norm() < 1e-5 * b.norm(), (a - b).norm() / b.norm()
-assert graphs == [True, True], graphs
+assert graphs == [True] * 3, graphs
 print("same")
 """
 
