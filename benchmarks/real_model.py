@@ -9,6 +9,7 @@ wait for each other may run side by side in processes of their own. RUNS holds w
 Profiles: gpu (H100; two of them, busy with this and other benchmarks, came in 28 minutes to the hybrids and most of three seeds; nearly alone on one, alignment to long took seven), colab (a T4: fine-tunes and
 repairs a hybrid that --hybrid names, once; not run there), cpu (up to align in half an hour on two cores), tiny (random weights, to see that the path works)."""
 import argparse
+import gc
 import json
 import os
 import random
@@ -215,7 +216,10 @@ def tuned(run, base, kind, seed) -> Path:
     post, settings = run.runs / f"{base}-{kind}-{seed}", dict(seed=seed, every=100, **run.recipe["sft"])
     if post.exists(): return post
     data = chats(run, "chat" if kind == "chat" else "problems", seed)
-    if kind != "lora": return finetune(run.runs / base, data, post, **settings)
+    if kind != "lora":
+        finetune(run.runs / base, data, post, **settings)
+        gc.collect(), torch.cuda.empty_cache()  # others may be on this GPU
+        return post
     from peft import PeftModel
     adapter = post.with_name(post.name + ".adapter")
     if not adapter.exists(): finetune(run.runs / base, data, adapter, rank=16, **settings | dict(lr=5 * settings["lr"]))

@@ -166,7 +166,7 @@ def eager_attention(module, q, k, v, attention_mask, scaling, dropout=0.0, **kwa
 def attend_documents(q, k, v, packed, scaling, dropout=0.0) -> torch.Tensor:
     "Packed rows (B, H, T, D), document by document: (B, T, H, D). packed: borders and the longest document for the flash kernel, or `document_groups`."
     B, _, T, _ = q.shape
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    q, k, v = (x.to(v.dtype).transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # under autocast a norm's gain has left q and k in float32
     if isinstance(packed, tuple):
         borders, longest = packed
         return torch.ops.aten._flash_attention_forward(q, k, v, borders, borders, longest, longest, dropout, True, False, scale=scaling)[0].unflatten(0, (B, T))
