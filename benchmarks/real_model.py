@@ -6,7 +6,7 @@ unconverted model in our classes), nope, nope-long, nope-hybrid (the last three 
 soft-N (the softmax control) and nope-N. A stage that is done is passed over; one that is interrupted goes on where its last save was; stages that do not
 wait for each other may run side by side in processes of their own. RUNS holds weights and texts, OUT gets one json a stage.
 
-Profiles: gpu (H100; two of them, busy with this and other benchmarks, came in 28 minutes to the hybrids and most of three seeds; nearly alone on one, alignment to long took seven), colab (a T4: fine-tunes and
+Profiles: gpu (one H100 came in nineteen minutes, several processes side by side, from the teacher to three seeds with four variants each, three of the transformer with five and one of conversations; a further fine-tuning takes two minutes alone, a further variant 13 s, the hybrid without RoPE seven minutes: 65 minutes in all, not run in one go), colab (a T4: fine-tunes and
 repairs a hybrid that --hybrid names, once; not run there), cpu (up to align in half an hour on two cores), tiny (random weights, to see that the path works)."""
 import argparse
 import gc

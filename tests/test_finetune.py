@@ -243,4 +243,4 @@ def test_needs_grow_and_shrink_as_they_should():
     measured = json.loads((Path(__file__).parent.parent / "results" / "scale" / "fsdp_2b.json").read_text())["rows"]
     assert {r["gpus"] for r in measured} == {1, 2}
     for r in measured:  # on H100: never more than computed, and not much less
-        assert {1: .95, 2: .85}[r["gpus"]] < r["peak_gpu_gb"] / ft.training_needs(HypeNetConfig.preset("2B"), 4096 * r.get("rows_at_once", 1), r["gpus"])["total_gb"] < 1
+        assert {1: .95, 2: .8}[r["gpus"]] < r["peak_gpu_gb"] / ft.training_needs(HypeNetConfig.preset("2B"), 4096 * r.get("rows_at_once", 1), r["gpus"])["total_gb"] < 1
