@@ -1,10 +1,10 @@
-"""A real language model made a hybrid, fine-tuned, and repaired, stage by stage: `python benchmarks/real_model.py RUNS OUT [--minutes M] [--profile P] [--hybrid FOLDER] [stage ...]`.
+"""A real language model made a hybrid, fine-tuned, and repaired, stage by stage: `python benchmarks/real_model.py RUNS OUT [--minutes M] [--profile P] [--hybrid FOLDER] [--at-once N] [stage ...]`.
 
 Stages, in order: questions (what every model is asked), layers (which softmax layers stay), teacher (its recall and word problems), texts-N (drawn
 from it), align, distil, long (distilling on longer texts), hybrid (its recall), range (how far gradients of chains and of chat reach), soft (the
 unconverted model in our classes), nope, nope-long, nope-hybrid (the last three again without RoPE in the softmax layers, as HypeNet has it), then for each seed sft-N, repair-N (every variant), chat-N (the control without chains), lora-N (with an adapter)
-soft-N (the softmax control) and nope-N. A stage that is done is passed over; one that is interrupted goes on where its last save was; stages that do not
-wait for each other may run side by side in processes of their own. RUNS holds weights and texts, OUT gets one json a stage.
+soft-N (the softmax control) and nope-N. A stage that is done is passed over; one that is interrupted goes on where its last save was; with --at-once 4 up
+to four stages that do not wait for each other run side by side, in processes of their own. RUNS holds weights and texts, OUT gets one json a stage; that of an unfinished repair says so.
 
 Profiles: gpu (one H100 came in nineteen minutes, several processes side by side, from the teacher to three seeds with four variants each, three of the transformer with five and one of conversations; a further fine-tuning takes two minutes alone, a further variant 13 s, the hybrid without RoPE seven minutes: 65 minutes in all, not run in one go), colab (a T4: fine-tunes and
 repairs a hybrid that --hybrid names, once; not run there), cpu (up to align in half an hour on two cores), tiny (random weights, to see that the path works)."""
@@ -15,6 +15,8 @@ import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 import time
 from functools import cache, partial
 from pathlib import Path
@@ -48,6 +50,7 @@ class Run:
     "Where things lie, the recipe, and the machine."
     def __init__(self, runs: Path, out: Path, profile: str, hybrid: Path | None):
         self.runs, self.out, self.pre, self.recipe, self.until = runs, out, runs / "teacher", RECIPES[profile], float("inf")
+        self.so_far = lambda **result: None  # called with what a long stage has by now
         machine = pick_profile()
         self.machine, self.device, self.dtype = machine.name, machine.device, machine.dtype
         if profile == "tiny" and not self.pre.exists(): _tiny(self.pre)
@@ -251,6 +254,7 @@ def repair(run, base, kind, seed, names):
             model.float().load_state_dict(variant(name, a, b, pre.config, seed))
             scores[name] = asked(run, model)
         kept.write_text(json.dumps(scores))
+        run.so_far(unfinished=f"{len(scores)} of {len(names)} variants", scores=scores)
         print(f"{base}-{kind}-{seed}", name, {k: " ".join(f"{c['correct']}/{c['n']}" for c in s.values()) for k, s in scores[name].items()}, flush=True)
     told = json.loads((run.runs / f"{base}-{kind}-{seed}" / "finetune.json").read_text())
     return dict(scores=scores, peak_gpu_gb=told["peak_gpu_gb"], log=told["log"][::10] + told["log"][-1:])
@@ -281,10 +285,35 @@ def stages(run) -> dict:
     return made
 
 
+def waits_for(name: str, files: int) -> set[str]:
+    "The stages whose results a stage reads, or whose memory it could not share."
+    kind, _, seed = name.partition("-seed")
+    if seed: return dict(sft={"long", "questions"}, repair={f"sft-seed{seed}", "hybrid"}, soft={"soft", "questions"}, nope={"nope-hybrid"}).get(kind, {"hybrid", "texts-0"})
+    earlier = {"teacher": {"questions"}, "align": {"layers", "questions"} | {f"texts-{i}" for i in range(files)}, "distil": {"align"}, "long": {"distil"}, "hybrid": {"long", "questions"}, "range": {"long", "texts-0"},
+               "nope": {"align"}, "nope-long": {"nope"}, "nope-hybrid": {"nope-long"}}
+    return earlier.get(name, {f"texts-{int(name[6:]) - 1}"} if name.startswith("texts-") and name != "texts-0" else set())
+
+
+def side_by_side(start, names: list[str], done, files: int, at_once: int, until: float):
+    "Start each stage, in this order, once what it waits for is done, at most so many at a time. SystemExit names what failed; what runs is waited for."
+    waiting, running, failed = [n for n in names if not done(n)], {}, []
+    while running or waiting and not failed and time.monotonic() < until:
+        ready = [n for n in waiting if all(map(done, waits_for(n, files) & set(names)))] if not failed and time.monotonic() < until else []
+        for name in ready[:at_once - len(running)]:
+            waiting.remove(name)
+            running[name] = start(name)
+        for name in [n for n, p in running.items() if p.poll() is not None]:
+            if running.pop(name).returncode: failed.append(name)
+        time.sleep(.1)
+    if failed: raise SystemExit(f"failed: {', '.join(failed)}; what is done is kept, the same command goes on")
+    if waiting: print("time is up; the same command goes on with", waiting[0])
+
+
 def main():
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("runs", type=Path), ask.add_argument("out", type=Path), ask.add_argument("stages", nargs="*"), ask.add_argument("--minutes", type=float, default=1e9)
     ask.add_argument("--profile", choices=RECIPES, default="gpu"), ask.add_argument("--hybrid", type=Path, help="a converted checkpoint, from an earlier run's RUNS/long")
+    ask.add_argument("--at-once", type=int, default=1, help="stages that run side by side")
     args = ask.parse_intermixed_args()
     for folder in (args.runs, args.out): folder.mkdir(exist_ok=True, parents=True)
     run, begun = Run(args.runs, args.out, args.profile, args.hybrid), time.monotonic()
@@ -294,18 +323,27 @@ def main():
     if args.hybrid:
         if not (args.runs / "long").exists(): shutil.copytree(args.hybrid, args.runs / "long")
         names = args.stages or ["questions", "hybrid", "sft-seed0", "repair-seed0"]
+
+    def record(name, then, **result):
+        part = args.out / f"{name}.part"
+        part.write_text(json.dumps(dict(**provenance(int(name[-1]) if "seed" in name else 0, profile=args.profile, teacher="tiny" if args.profile == "tiny" else "SmolLM2-135M-Instruct", **run.recipe),
+                                        wall_s=round(time.perf_counter() - then, 1), **result), indent=1) + "\n")
+        part.rename(args.out / f"{name}.json")
+
+    def done(name): return (args.out / f"{name}.json").exists() and "unfinished" not in run.json(name)
+
+    if args.at_once > 1:
+        def start(name): return subprocess.Popen([sys.executable, __file__, str(args.runs), str(args.out), name, "--profile", args.profile, "--minutes", str((run.until - time.monotonic()) / 60)] + ["--hybrid", str(args.hybrid)] * bool(args.hybrid))
+        return side_by_side(start, names, done, run.recipe["texts"]["files"], args.at_once, run.until)
     for name in names:
-        if (args.out / f"{name}.json").exists(): continue
+        if done(name): continue
         if time.monotonic() > run.until: print("time is up; the same command goes on with", name); break
         then = time.perf_counter()
+        run.so_far = partial(record, name, then)
         try: result = known[name](run)
         except torch.OutOfMemoryError: raise SystemExit(f"memory ran out in stage {name}: halve tokens (a step), texts' rows or sft's T in RECIPES; what is done is kept, the same command goes on")
-        seed = int(name[-1]) if "seed" in name else 0
-        record = dict(**provenance(seed, profile=args.profile, teacher="tiny" if args.profile == "tiny" else "SmolLM2-135M-Instruct", **run.recipe), wall_s=round(time.perf_counter() - then, 1), **result)
-        part = args.out / f"{name}.part"
-        part.write_text(json.dumps(record, indent=1) + "\n")
-        part.rename(args.out / f"{name}.json")
-        print(f"== {name}: {record['wall_s']:.0f} s", flush=True)
+        record(name, then, **result)
+        print(f"== {name}: {time.perf_counter() - then:.0f} s", flush=True)
 
 
 if __name__ == "__main__": main()

@@ -1,9 +1,12 @@
 "A transformer made a hybrid: exact copies, refusals, stages that resume, batches that repeat, and the whole path on a tiny model."
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -208,5 +211,40 @@ def test_the_whole_path(tmp_path):
     again = subprocess.run([*script, str(tmp_path / "runs2"), str(tmp_path / "out2"), "--profile", "tiny", "--hybrid", str(tmp_path / "runs" / "long")], capture_output=True, text=True, env=env, timeout=300)
     assert again.returncode == 0, again.stderr[-3000:]
     assert json.loads((tmp_path / "out2" / "hybrid.json").read_text())["scores"] == results["hybrid"]["scores"]
+    (tmp_path / "out" / "soft.json").unlink(), shutil.rmtree(tmp_path / "runs" / "soft")
+    beside = subprocess.run([*command, "--at-once", "2"], capture_output=True, text=True, env=env, timeout=300)
+    assert beside.returncode == 0 and beside.stdout.split() == ["==", "soft:", beside.stdout.split()[2], "s"], beside.stdout + beside.stderr[-3000:]
     wrong = subprocess.run([*command, "repare"], capture_output=True, text=True, env=env)
     assert wrong.returncode == 2 and "no stage is called repare: choose from questions, layers" in wrong.stderr
+
+
+def test_side_by_side(tmp_path):
+    "Every stage starts after what it waits for, the first that can comes first, never more at once than asked; after a failure nothing new starts."
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try: import real_model
+    finally: sys.path.pop(0)
+    names = list(real_model.stages(SimpleNamespace(recipe=real_model.GPU)))
+    finished, started, most = set(), [], 0
+
+    class Process:
+        def __init__(self, name): self.name, self.left, self.returncode = name, 2, None
+        def poll(self):
+            self.left -= 1
+            if self.left: return None
+            running.discard(self.name), finished.add(self.name)
+            self.returncode = int(self.name == bad)
+            return self.returncode
+
+    def start(name):
+        nonlocal most
+        assert real_model.waits_for(name, 2) <= finished
+        started.append(name), running.add(name)
+        most = max(most, len(running))
+        return Process(name)
+
+    running, bad = set(), None
+    with patch("real_model.time.sleep"): real_model.side_by_side(start, names, finished.__contains__, 2, 3, float("inf"))
+    assert sorted(started) == sorted(names) and most == 3 and started[:3] == ["questions", "layers", "texts-0"]
+    finished, started, bad = set(), [], "layers"
+    with patch("real_model.time.sleep"), pytest.raises(SystemExit, match="failed: layers"): real_model.side_by_side(start, names, finished.__contains__, 2, 3, float("inf"))
+    assert set(started) < {"questions", "layers", "teacher", "texts-0", "texts-1", "soft", "soft-seed0"}
