@@ -1,7 +1,7 @@
 """How far the data of a fine-tuning reach, and what they damage: `python benchmarks/orders.py RUNS OUT [--seeds 0 1 2] [--jobs 6] [--minutes M]`.
 
 The shipped `pre` is fine-tuned on chains of M of order 1 to 8, on long answers of order 1 to 16, on all chains, on all but those of A, and on all
-chains with an adapter; every one of these is asked as it is, with Q and K of pre, and with V and O. Beside them how far the gradients of each kind of data
+chains with an adapter at three rates; every one of these is asked as it is, with Q and K of pre, and with V and O. Beside them how far the gradients of each kind of data
 reach in `pre` (W_grad), and what the generator says (its Markov order, and for words the second eigenvalue of the chain). A (seed, kind) is a job in a
 process of its own; what is done is passed over, so the same command goes on. OUT gets orders-seedN.json for each seed with all that is finished."""
 import argparse
@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-KINDS = ("cot", "order1", "order2", "order4", "order8", "long", "long4", "long16", "held", "lora")
+KINDS = ("cot", "order1", "order2", "order4", "order8", "long", "long4", "long16", "held", "lora", "lora3", "lora1")
 VARIANTS = ("post", "restored", "vo")
 SIZES = dict(recall=dict(S3=[(4096, 32, 1), (16384, 32, 1)], MK=[(4096, 16, 8), (16384, 8, 8)], MF=[(1024, 8, 32), (4096, 4, 128), (16384, 2, 128)]), steps=(1, 8), problems=128)
 ROWS = 64  # whose gradients are looked at
@@ -33,7 +33,7 @@ def reach(kind: str, seed: int) -> dict:
     from qkrestore_nb.experiment import pair, sfts
     from qkrestore_nb.hypenet import HypeNetForCausalLM
     from qkrestore_nb.training import _phrases, sft_batch
-    data = {k: v for k, v in sfts[kind].items() if k not in ("rank", "qk_rate")}
+    data = {k: v for k, v in sfts[kind].items() if k not in ("rank", "rate", "qk_rate")}
     ids, weights = sft_batch(0, 1000 + seed, ROWS, **data)
     batch = dict(input_ids=ids, labels=ids.masked_fill(weights == 0, -100), attention_mask=(ids > 0).long())
     found = gradient_range(HypeNetForCausalLM.from_pretrained(pair() / "pre", dtype=torch.float32).eval(), batch)

@@ -1,8 +1,9 @@
-"""A search for a recipe that reaches the targets: `python benchmarks/search.py RUNS OUT NAME:SEED ... [--minutes M]`.
+"""A search for a recipe that reaches the targets: `python benchmarks/search.py RUNS OUT NAME:SEED[:MODEL] ... [--tunings T ...] [--full] [--jobs N] [--minutes M]`.
 
-NAME is one of `searched` (what it changes of the gpu recipe of chapter 10, and under which fine-tunings the same model is looked at), or
-one of `qkrestore_nb.experiment.models` (other places of the softmax layers, the recipe unchanged). Every job runs in a process of its own on
-the one GPU; what --minutes stops goes on with the same command. OUT gets one json for each job and fine-tuning that is finished."""
+NAME is one of `searched`: what it changes of the gpu recipe of chapter 10. MODEL, one of `qkrestore_nb.experiment.models`, puts the softmax layers
+elsewhere. A job pre-trains one model and fine-tunes it by each of the named `tunings`; with --full every rival of QK-Restore is asked besides, a little
+less. Jobs run in N processes on the one GPU; what is done is passed over, what --minutes stops goes on with the same command. OUT gets one json for each
+job and fine-tuning that is finished."""
 import argparse
 import json
 import multiprocessing
@@ -14,58 +15,67 @@ from pathlib import Path
 
 narrow = dict(hidden_size=256, intermediate_size=704, num_attention_heads=4)
 wide = dict(hidden_size=384, intermediate_size=1024, num_attention_heads=6)
-chapter = dict(steps=800, lr=2.5e-4, warmup=60)
-longer = dict(steps=1500, lr=3e-4, warmup=30)
-gentle = dict(steps=2400, lr=1e-4, warmup=60)
-searched = dict(  # the model, kinds of rows left out of pre-training, and the fine-tunings
-    wide=(wide, ("values", "hops"), dict(chapter=chapter, longer=longer)),
-    plain=(narrow, ("values", "hops"), dict(chapter=chapter, longer=longer, gentle=gentle)))
+searched = dict(  # the model, and the kinds of rows that pre-training leaves out
+    gpu=(narrow, ()), plain=(narrow, ("values", "hops")), wide=(wide, ("values", "hops")))
+tests_of = dict(values="MV", hops="HOP")  # what a model without these rows has not been taught
+tunings = dict(chapter=dict(steps=800, lr=2.5e-4, warmup=60), longer=dict(steps=1500, lr=3e-4, warmup=30), gentle=dict(steps=2400, lr=1e-4, warmup=60))
 variants = ("pre", "post", "restored", "vo", "interpolated 0.9", "q", "k")
 
 
-def job(runs: Path, name: str, seed: int, profile: str):
+def job(runs: Path, name: str, seed: int, model: str, chosen: list, full: bool, profile: str):
     from qkrestore_nb import experiment, training
     from qkrestore_nb.core import pick_profile, provenance
     machine, recipe = pick_profile(profile), experiment.recipes[profile]
-    fields, without, tunings = experiment.model_fields, (), dict(chapter=recipe["sft"])
-    if name in searched: model, without, tunings = searched[name]
-    else: model, fields = recipe["model"], {**fields, **experiment.models[name]}
-    if profile == "smoke": model, tunings = recipe["model"], dict(chapter=recipe["sft"])
+    size, without = searched[name]
+    fields, untaught = {**experiment.model_fields, **experiment.models[model]}, [tests_of[k] for k in without]
+    recipe = {**recipe, "model": size if profile == "gpu" else recipe["model"], "recall": {k: v for k, v in recipe["recall"].items() if k not in untaught}}
+    start = runs / f"{name}-{model}-seed{seed}"
+    start.mkdir(exist_ok=True)
+    every = dict(training.kinds)
     for kind in without: training.kinds.pop(kind)
-    base = None
-    for tuning, sft in tunings.items():
-        changed, out = {**recipe, "model": model, "sft": sft}, runs / f"{name}-seed{seed}-{tuning}"
-        out.mkdir(exist_ok=True)
-        if (out / "results.json").exists(): base = base or out; continue
-        if base:
-            shutil.copytree(base / "pre", out / "pre", dirs_exist_ok=True), shutil.copy(base / "pretraining.json", out)
-        made = dict(pretraining=experiment.pretrain(changed, out, seed, machine, fields), sft=experiment.finetune(changed, out, "cot", seed, machine))
-        scores = experiment.measure(out, changed, seed, machine, [("cot", v, "recall") for v in variants])
-        config = dict(profile=profile, search=name, tuning=tuning, recipe=changed, fields=fields, without=without)
-        experiment._write(out / "results.json", dict(**provenance(seed, **config), wall_s=sum(m["wall_s"] for m in made.values()), scores=scores, **made))
-        base = base or out
+    pretraining = experiment.pretrain(recipe, start, seed, machine, fields)
+    training.kinds.update(every)
+    for tuning in chosen:
+        out = runs / f"{start.name}-{tuning}"
+        changed = {**recipe, "sft": tunings[tuning] if profile == "gpu" else recipe["sft"]}
+        if not (out / "pre").exists():
+            shutil.copytree(start / "pre", out / "pre.part", dirs_exist_ok=True)
+            (out / "pre.part").rename(out / "pre")
+        made = dict(pretraining=pretraining, sft=experiment.finetune({**changed, "probe": 500}, out, "cot", seed, machine))
+        rivals = [v for v in experiment.more_variants if full and not v.startswith("head")]
+        scores = experiment.measure(out, changed, seed, machine, [("cot", v, "recall") for v in variants] + [("cot", v, "fewer") for v in rivals])
+        config = dict(profile=profile, search=name, model=model, tuning=tuning, recipe=changed, fields=fields, without=without)
+        experiment._write(out / "results.json", dict(**provenance(seed, **config), wall_s=round(sum(m["wall_s"] for m in made.values()), 1), scores=scores, **made))
 
 
-def entry(runs, name, seed, profile):
-    log = open(runs / f"{name}-seed{seed}.log", "a")
+def entry(waiting, runs: Path, *how):
+    "One process, one job after the other: kernels that are compiled stay compiled."
+    log = open(runs / f"{os.getpid()}.log", "a")
     for stream in (1, 2): os.dup2(log.fileno(), stream)
-    job(runs, name, seed, profile)
+    while (item := waiting.get()) is not None: job(runs, *item, *how)
 
 
 if __name__ == "__main__":
-    ask = argparse.ArgumentParser()
-    ask.add_argument("runs", type=Path), ask.add_argument("out", type=Path), ask.add_argument("jobs", nargs="+")
-    ask.add_argument("--minutes", type=float, default=600.), ask.add_argument("--profile", default="gpu")
+    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask.add_argument("runs", type=Path), ask.add_argument("out", type=Path), ask.add_argument("names", nargs="+")
+    ask.add_argument("--tunings", nargs="+", choices=tunings, default=["chapter"]), ask.add_argument("--full", action="store_true")
+    ask.add_argument("--jobs", type=int, default=4), ask.add_argument("--minutes", type=float, default=600.), ask.add_argument("--profile", default="gpu")
     args = ask.parse_args()
-    args.runs.mkdir(exist_ok=True, parents=True)
+    for folder in (args.runs, args.out): folder.mkdir(exist_ok=True, parents=True)
     os.environ |= dict(OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="3")
     deadline, context = time.monotonic() + 60 * args.minutes, multiprocessing.get_context("spawn")
-    jobs = [(j, context.Process(target=entry, args=(args.runs, j.split(":")[0], int(j.split(":")[1]), args.profile))) for j in args.jobs]
-    for _, p in jobs: p.start()
-    for name, p in jobs:
+    waiting, jobs = context.Queue(), [(n.split(":") + ["hypenet7m"])[:3] for n in args.names]
+    for item in [(name, int(seed), model) for name, seed, model in jobs] + [None] * args.jobs: waiting.put(item)
+    workers = [context.Process(target=entry, args=(waiting, args.runs, args.tunings, args.full, args.profile)) for _ in range(args.jobs)]
+    for p in workers: p.start()
+    for p in workers:
         p.join(max(0, deadline - time.monotonic()))
-        print(name, "ended with", p.exitcode, flush=True)
         if p.is_alive(): p.kill()
     for file in args.runs.glob("*/results.json"): shutil.copy(file, args.out / f"search-{file.parent.name}.json")
-    for log in args.runs.glob("*.log"): print(log.name, log.read_text()[-300:].replace("\r", "\n").splitlines()[-1:], flush=True)
+    for file in sorted(args.out.glob("search-*.json")):
+        scores = json.loads(file.read_text())["scores"]
+        print(file.name, {t: " ".join(str(round(100 * scores[v][t][T]["correct"] / scores[v][t][T]["n"])) for v in variants[:4]) for t, T in (("S3", "32768"), ("MK", "32768"), ("MF", "16384"), ("cot-A", "8")) if T in scores["pre"].get(t, {})}, flush=True)
+    for log in args.runs.glob("*.log"):
+        if "Error" in (said := log.read_text()): print(log.name, said[-800:], flush=True)
     sys.stdout.flush()
+    os._exit(0)  # whatever was stopped in time leaves its queue open

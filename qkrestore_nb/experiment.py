@@ -33,7 +33,8 @@ models = dict(  # what a model changes of model_fields
     softmax7m=dict(_softmax_at(*range(8)), attn_use_rope=True))  # without recurrent layers something else has to know the order
 
 sfts = dict(  # what fine-tuning changes; the first one makes post, and every rival of QK-Restore is made of it
-    cot={}, direct=dict(answer="direct"), frozen=dict(qk_rate=0.), long=dict(answer="long"), slow=dict(qk_rate=.1), lora=dict(rank=16),
+    cot={}, direct=dict(answer="direct"), frozen=dict(qk_rate=0.), long=dict(answer="long"), slow=dict(qk_rate=.1),
+    lora=dict(rank=16, rate=10), lora3=dict(rank=16, rate=3), lora1=dict(rank=16, rate=1),  # ten times the rate of full fine-tuning is usual for adapters
     held=dict(names="MDH"), **{f"order{k}": dict(names="M", order=k) for k in (1, 2, 4, 8)},  # a kind of chain held out; chapter 10b
     **{f"long{k}": dict(answer="long", order=k) for k in (4, 16)})
 
@@ -213,13 +214,12 @@ def finetune(
         how, rate = dict(recipe["sft"]), lambda n: 1.
         if "rank" in choice:
             from peft import LoraConfig, get_peft_model
-            # ten times the rate of full fine-tuning, as is usual for adapters
-            model, how["lr"] = get_peft_model(model, LoraConfig(r=choice["rank"], lora_alpha=2 * choice["rank"], target_modules="all-linear")), 10 * how["lr"]
+            model, how["lr"] = get_peft_model(model, LoraConfig(r=choice["rank"], lora_alpha=2 * choice["rank"], target_modules="all-linear")), choice["rate"] * how["lr"]
         if "qk_rate" in choice:
             qk = planned_tensors(model.config.to_dict())
             rate = lambda n: choice["qk_rate"] if n in qk else 1.
         if name == "cot": probe(0, model.eval())
-        data = {k: v for k, v in choice.items() if k not in ("rank", "qk_rate")}
+        data = {k: v for k, v in choice.items() if k not in ("rank", "rate", "qk_rate")}
         log = train(model, partial(sft_batch, seed=seed, **data, **recipe["sft_data"]), **how, file=out / f"{folder}.pt",
                     every=recipe["probe"], look=probe if name == "cot" else None, label=f"fine-tuning ({name})", rate=rate, **_means(profile))
         save(model.merge_and_unload() if "rank" in choice else model, out / folder)
