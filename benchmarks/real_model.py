@@ -2,13 +2,16 @@
 
 Stages, in order: questions (what every model is asked), layers (which softmax layers stay), teacher (its recall and word problems), texts-N (drawn
 from it), align, distil, long (distilling on longer texts), hybrid (its recall), range (how far gradients of chains and of chat reach), soft (the
-unconverted model in our classes), nope, nope-long, nope-hybrid (the last three again without RoPE in the softmax layers, as HypeNet has it), then for each seed sft-N, repair-N (every variant), chat-N (the control without chains), lora-N (with an adapter)
-soft-N (the softmax control) and nope-N. A stage that is done is passed over; one that is interrupted goes on where its last save was; with --at-once 4 up
-to four stages that do not wait for each other run side by side, in processes of their own. RUNS holds weights and texts, OUT gets one json a stage; that of an unfinished repair says so.
+unconverted model in our classes), nope, nope-long, nope-hybrid (distil to hybrid again without RoPE in the softmax layers, as HypeNet has it); then for
+each seed sft-N, repair-N (word problems, every variant), chat-N (conversations without chains, every variant), where-N (what conversations damage, layer
+by layer), mixed-N (as many of either), lora-N (word problems with an adapter), soft-N and softchat-N (both kinds for the unconverted model), nope-N.
+A stage that is done is passed over; one that is interrupted goes on where its last save was; with --at-once 4 up to four stages that do not wait for
+each other run side by side, in processes of their own. RUNS holds weights and texts, OUT gets one json a stage; that of an unfinished stage says so.
 
 Profiles: gpu (one H100 came in nineteen minutes, several processes side by side, from the teacher to three seeds with four variants each, three of the transformer with five and one of conversations; a further fine-tuning takes two minutes alone, a further variant 13 s, the hybrid without RoPE seven minutes: 65 minutes in all, not run in one go), colab (a T4: fine-tunes and
 repairs a hybrid that --hybrid names, once; not run there), cpu (up to align in half an hour on two cores), tiny (random weights, to see that the path works)."""
 import argparse
+import fcntl
 import gc
 import json
 import os
@@ -36,13 +39,13 @@ from qkrestore_nb.variants import variant
 GPU = dict(keep=8, layers=dict(T=512, window=64, texts=16, answers=128), texts=dict(files=2, n=8192, T=512, rows=4096), needles={512: 200, 1024: 200, 2048: 200, 4096: 100, 8192: 100},
            tokens=32768, align=dict(T=512, steps=250, lr=1e-3, warmup=20), distil=dict(T=2048, steps=1200, lr=5e-4, warmup=50), long=dict(T=8192, steps=150, lr=1e-4, warmup=10),
            recall={512: 64, 1024: 64, 2048: 64, 4096: 32, 8192: 32}, problems=20000, tasks=128, room=272, sft=dict(steps=300, T=8192, rows=2, lr=3e-4), seeds=3,
-           variants=["post", "restored", "pre", "vo", "pro head 1", "qk of all layers", "interpolated 0.9", "qk of linear layers", "q", "k", "v", "o", "pro input 1", "first linear mixer", "noise", "drift alone",
-                     "MLPs", "all mixers", "interpolated 0.75", "LiNeS 0.8", "pro head 0.1", "pro input 0.1"], few=["post", "restored", "pre", "vo", "interpolated 0.9"])
+           variants=["post", "restored", "pre", "vo", "all mixers", "MLPs", "qk of linear layers", "vo of linear layers", "interpolated 0.9", "interpolated 0.75", "LiNeS 0.8", "qk of all layers", "drift alone",
+                     "embedding and head", "first linear mixer", "q", "k", "v", "o", "noise", "pro head 1", "pro input 1", "pro head 0.1", "pro input 0.1"], where=2048, few=["post", "restored", "pre", "vo", "interpolated 0.9"])
 RECIPES = dict(gpu=GPU, colab=GPU | dict(recall={512: 32, 2048: 32}, tasks=64, sft=dict(steps=150, T=2048, rows=8, lr=3e-4), seeds=1, variants=GPU["few"]),
                cpu=GPU | dict(asked="bfloat16", recall={512: 64, 1024: 64, 2048: 64}, tasks=8, problems=64, seeds=1, texts=dict(files=1, n=64, T=256, rows=64), tokens=2048, align=GPU["align"] | dict(steps=80, warmup=8)),
                tiny=GPU | dict(keep=1, layers=dict(T=600, window=8, texts=2, answers=2), texts=dict(files=2, n=32, T=64, rows=32), needles={600: 2, 800: 2}, tokens=1800, align=dict(T=600, steps=3, lr=1e-3, warmup=1),
                                distil=dict(T=700, steps=3, lr=4e-4, warmup=1), long=dict(T=900, steps=2, lr=1e-4, warmup=1), recall={600: 1}, problems=40, tasks=4, room=16,
-                               sft=dict(steps=2, T=256, rows=2, lr=2e-4), seeds=1, variants=["pre", "post", "restored"], few=["pre", "post"]))
+                               sft=dict(steps=2, T=256, rows=2, lr=2e-4), seeds=1, variants=["pre", "post", "restored"], where=600, few=["pre", "post"]))
 KINDS = ("single_1", "single_2", "single_3", "multikey_1")
 
 
@@ -175,9 +178,14 @@ def trained(run, stage, source, teach, T, calibrated=False, **settings):
 
 
 def chats(run, kind, seed) -> Path:
-    "The data of a fine-tuning: word problems with their steps, or conversations drawn from the teacher."
+    "The data of a fine-tuning: word problems with their steps, conversations drawn from the teacher, or as many of either."
     file = run.runs / f"{kind}-{seed}.jsonl"
     if kind == "problems" or file.exists(): return file
+    if kind == "mixed":
+        both = [[json.loads(x) for x in chats(run, k, seed).read_text().splitlines()] for k in ("problems", "chat")]
+        rows = [r for pair in zip(*both) for r in pair]
+        _lines(file, rows)
+        return file
     render = lambda *said: run.tokenizer.apply_chat_template([dict(role=role, content=c) for role, c in zip(("user", "assistant", "user"), said)], tokenize=False)
     _, turn, between, _ = re.split("[\0\1\2]", render("\0", "\1", "\2"))
     end = render("\0", "\1").split("\1")[1].strip()
@@ -217,8 +225,13 @@ def reach(run):
 def tuned(run, base, kind, seed) -> Path:
     "The folder after fine-tuning on word problems (all weights, or an adapter that is merged afterwards) or on the teacher's own conversations."
     post, settings = run.runs / f"{base}-{kind}-{seed}", dict(seed=seed, every=100, **run.recipe["sft"])
-    if post.exists(): return post
-    data = chats(run, "chat" if kind == "chat" else "problems", seed)
+    with open(run.runs / f"{post.name}.lock", "w") as lock:  # another stage may need the same model
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return post if post.exists() else _tuned(run, base, kind, seed, post, settings)
+
+
+def _tuned(run, base, kind, seed, post, settings) -> Path:
+    data = chats(run, kind if kind in ("chat", "mixed") else "problems", seed)
     if kind != "lora":
         finetune(run.runs / base, data, post, **settings)
         gc.collect(), torch.cuda.empty_cache()  # others may be on this GPU
@@ -260,6 +273,27 @@ def repair(run, base, kind, seed, names):
     return dict(scores=scores, peak_gpu_gb=told["peak_gpu_gb"], log=told["log"][::10] + told["log"][-1:])
 
 
+def where(run, base, kind, seed):
+    "Uuids of one length said by a fine-tuned model with parts of it from before, and by the model before with parts of the fine-tuned one: layer by layer."
+    pre, post, model = run.load(base), run.load(tuned(run, base, kind, seed).name), run.load(base)
+    a, b, T, kept = pre.state_dict(), post.state_dict(), run.recipe["where"], run.runs / f"{base}-{kind}-{seed}.where.json"
+    scores, rows = json.loads(kept.read_text()) if kept.exists() else {}, [(x.tolist(), n) for x, n in _asked(run)["recall"]["single_3"][T]]
+    def names(i, *parts): return [n for n in a if f".layers.{i}." in n and ("MLP" if "mlp" in n or "post_attention" in n else "mixer") in parts]
+    layers = range(pre.config.num_hidden_layers)
+    plan = {f"back: layers to {i}": sum((names(j, "mixer", "MLP") for j in range(i + 1)), []) for i in layers}
+    plan |= {f"{way}: {part} {i}": names(i, part) for way in ("back", "alone") for part in ("mixer", "MLP") for i in layers}
+    for name, these in {"alone: none": [], "back: none": [], **plan}.items():
+        if name in scores: continue
+        if time.monotonic() > run.until: raise SystemExit(f"time is up; the same command goes on with {name}")
+        to, source = (b, a) if name.startswith("back") else (a, b)
+        model.float().load_state_dict({**to, **{n: source[n] for n in these}})
+        seen = distill.spoken(run.half(model), run.tokenizer, rows, tokens=run.at_once())
+        scores[name] = dict(single_3={str(T): dict(correct=sum(ok for ok, _ in seen), n=len(seen), said=sum(said for _, said in seen))})
+        kept.write_text(json.dumps(scores))
+        run.so_far(unfinished=f"{len(scores)} of {len(plan) + 2}", scores=scores)
+    return dict(scores=scores)
+
+
 def softened(run):
     teacher = run.teacher()
     run.save(distill.convert(teacher, range(teacher.config.num_hidden_layers)), "soft")
@@ -278,9 +312,12 @@ def stages(run) -> dict:
     for n in range(r["seeds"]):
         made[f"sft-seed{n}"] = lambda run, n=n: dict(post=tuned(run, "long", "problems", n).name)
         made[f"repair-seed{n}"] = lambda run, n=n: repair(run, "long", "problems", n, r["variants"])
-        made[f"chat-seed{n}"] = lambda run, n=n: repair(run, "long", "chat", n, r["few"])
+        made[f"chat-seed{n}"] = lambda run, n=n: repair(run, "long", "chat", n, r["variants"])
+        made[f"where-seed{n}"] = lambda run, n=n: where(run, "long", "chat", n)
+        made[f"mixed-seed{n}"] = lambda run, n=n: repair(run, "long", "mixed", n, r["few"])
         made[f"lora-seed{n}"] = lambda run, n=n: repair(run, "long", "lora", n, r["few"])
         made[f"soft-seed{n}"] = lambda run, n=n: repair(run, "soft", "problems", n, r["few"])
+        made[f"softchat-seed{n}"] = lambda run, n=n: repair(run, "soft", "chat", n, r["few"])
         made[f"nope-seed{n}"] = lambda run, n=n: repair(run, "nope-long", "problems", n, r["few"])
     return made
 
@@ -288,7 +325,7 @@ def stages(run) -> dict:
 def waits_for(name: str, files: int) -> set[str]:
     "The stages whose results a stage reads, or whose memory it could not share."
     kind, _, seed = name.partition("-seed")
-    if seed: return dict(sft={"long", "questions"}, repair={f"sft-seed{seed}", "hybrid"}, soft={"soft", "questions"}, nope={"nope-hybrid"}).get(kind, {"hybrid", "texts-0"})
+    if seed: return dict(sft={"long", "questions"}, repair={f"sft-seed{seed}", "hybrid"}, soft={"soft", "questions"}, softchat={"soft", "questions", "texts-0"}, nope={"nope-hybrid"}).get(kind, {"hybrid", "texts-0"})
     earlier = {"teacher": {"questions"}, "align": {"layers", "questions"} | {f"texts-{i}" for i in range(files)}, "distil": {"align"}, "long": {"distil"}, "hybrid": {"long", "questions"}, "range": {"long", "texts-0"},
                "nope": {"align"}, "nope-long": {"nope"}, "nope-hybrid": {"nope-long"}}
     return earlier.get(name, {f"texts-{int(name[6:]) - 1}"} if name.startswith("texts-") and name != "texts-0" else set())
