@@ -3,8 +3,9 @@
 Stages, in order: questions (what every model is asked), layers (which softmax layers stay), teacher (its recall and word problems), texts-N (drawn
 from it), align, distil, long (distilling on longer texts), hybrid (its recall), range (how far gradients of chains and of chat reach), soft (the
 unconverted model in our classes), nope, nope-long, nope-hybrid (distil to hybrid again without RoPE in the softmax layers, as HypeNet has it); then for
-each seed sft-N, repair-N (word problems, every variant), chat-N (conversations without chains, every variant), where-N (what conversations damage, layer
-by layer), mixed-N (as many of either), lora-N (word problems with an adapter), soft-N and softchat-N (both kinds for the unconverted model), nope-N.
+each seed sft-N, repair-N (word problems, every variant), chat-N (conversations without chains, so few that they are read six times, every variant),
+where-N (what these damage, layer by layer), fresh-N (more conversations, read once), repeated-N (fewer word problems, read six times), mixed-N (as many
+of either), lora-N (word problems with an adapter), soft-N, softchat-N, softfresh-N (the same for the unconverted model), nope-N.
 A stage that is done is passed over; one that is interrupted goes on where its last save was; with --at-once 4 up to four stages that do not wait for
 each other run side by side, in processes of their own. RUNS holds weights and texts, OUT gets one json a stage; that of an unfinished stage says so.
 
@@ -39,8 +40,8 @@ from qkrestore_nb.variants import variant
 GPU = dict(keep=8, layers=dict(T=512, window=64, texts=16, answers=128), texts=dict(files=2, n=8192, T=512, rows=4096), needles={512: 200, 1024: 200, 2048: 200, 4096: 100, 8192: 100},
            tokens=32768, align=dict(T=512, steps=250, lr=1e-3, warmup=20), distil=dict(T=2048, steps=1200, lr=5e-4, warmup=50), long=dict(T=8192, steps=150, lr=1e-4, warmup=10),
            recall={512: 64, 1024: 64, 2048: 64, 4096: 32, 8192: 32}, problems=20000, tasks=128, room=272, sft=dict(steps=300, T=8192, rows=2, lr=3e-4), seeds=3,
-           variants=["post", "restored", "pre", "vo", "all mixers", "MLPs", "qk of linear layers", "vo of linear layers", "interpolated 0.9", "interpolated 0.75", "LiNeS 0.8", "qk of all layers", "drift alone",
-                     "embedding and head", "first linear mixer", "q", "k", "v", "o", "noise", "pro head 1", "pro input 1", "pro head 0.1", "pro input 0.1"], where=2048, few=["post", "restored", "pre", "vo", "interpolated 0.9"])
+           variants=["post", "restored", "pre", "vo", "first linear mixer", "all mixers", "MLPs", "qk of linear layers", "vo of linear layers", "LiNeS 0.8", "interpolated 0.9", "interpolated 0.75", "qk of all layers", "drift alone",
+                     "embedding and head", "q", "k", "v", "o", "noise", "pro head 1", "pro input 1", "pro head 0.1", "pro input 0.1"], where=2048, few=["post", "restored", "pre", "vo", "first linear mixer", "interpolated 0.9"])
 RECIPES = dict(gpu=GPU, colab=GPU | dict(recall={512: 32, 2048: 32}, tasks=64, sft=dict(steps=150, T=2048, rows=8, lr=3e-4), seeds=1, variants=GPU["few"]),
                cpu=GPU | dict(asked="bfloat16", recall={512: 64, 1024: 64, 2048: 64}, tasks=8, problems=64, seeds=1, texts=dict(files=1, n=64, T=256, rows=64), tokens=2048, align=GPU["align"] | dict(steps=80, warmup=8)),
                tiny=GPU | dict(keep=1, layers=dict(T=600, window=8, texts=2, answers=2), texts=dict(files=2, n=32, T=64, rows=32), needles={600: 2, 800: 2}, tokens=1800, align=dict(T=600, steps=3, lr=1e-3, warmup=1),
@@ -178,9 +179,14 @@ def trained(run, stage, source, teach, T, calibrated=False, **settings):
 
 
 def chats(run, kind, seed) -> Path:
-    "The data of a fine-tuning: word problems with their steps, conversations drawn from the teacher, or as many of either."
+    """The data of a fine-tuning: word problems with their steps (repeated: so few that they are read several times); conversations drawn from the teacher that came
+    to an end (few, so they are read several times, too; fresh: those that the end of a text cut off as well, which is several times as much); or as many of either."""
     file = run.runs / f"{kind}-{seed}.jsonl"
     if kind == "problems" or file.exists(): return file
+    if kind == "repeated":
+        rows = run.runs.joinpath(f"problems-{seed}.jsonl").read_text().splitlines()
+        _lines(file, [json.loads(x) for x in rows[:len(rows) // 6]])
+        return file
     if kind == "mixed":
         both = [[json.loads(x) for x in chats(run, k, seed).read_text().splitlines()] for k in ("problems", "chat")]
         rows = [r for pair in zip(*both) for r in pair]
@@ -190,7 +196,7 @@ def chats(run, kind, seed) -> Path:
     _, turn, between, _ = re.split("[\0\1\2]", render("\0", "\1", "\2"))
     end = render("\0", "\1").split("\1")[1].strip()
     user = between.strip().removeprefix(end).strip()
-    said = re.compile(f"{re.escape(user)}\\s*(\\S.+?){re.escape(turn)}(.+?){re.escape(end)}", re.S)
+    said = re.compile(f"{re.escape(user)}\\s*(\\S.+?){re.escape(turn)}(.+?)(?:{re.escape(end)}{'|$' * (kind == 'fresh')})", re.S)
     drawn = torch.load(run.runs / "texts-0.pt", weights_only=True).tolist()
     rows = [dict(prompt=p, completion=a) for text in run.tokenizer.batch_decode(drawn) for p, a in said.findall(text) if end not in p]
     if not rows and run.tokenizer.vocab_size < 2000: rows = [dict(prompt="a", completion="b c d")]  # random weights end no conversation
@@ -231,7 +237,7 @@ def tuned(run, base, kind, seed) -> Path:
 
 
 def _tuned(run, base, kind, seed, post, settings) -> Path:
-    data = chats(run, kind if kind in ("chat", "mixed") else "problems", seed)
+    data = chats(run, "problems" if kind == "lora" else kind, seed)
     if kind != "lora":
         finetune(run.runs / base, data, post, **settings)
         gc.collect(), torch.cuda.empty_cache()  # others may be on this GPU
@@ -270,7 +276,10 @@ def repair(run, base, kind, seed, names):
         run.so_far(unfinished=f"{len(scores)} of {len(names)} variants", scores=scores)
         print(f"{base}-{kind}-{seed}", name, {k: " ".join(f"{c['correct']}/{c['n']}" for c in s.values()) for k, s in scores[name].items()}, flush=True)
     told = json.loads((run.runs / f"{base}-{kind}-{seed}" / "finetune.json").read_text())
-    return dict(scores=scores, peak_gpu_gb=told["peak_gpu_gb"], log=told["log"][::10] + told["log"][-1:])
+    rows = [json.loads(x) for x in chats(run, "problems" if kind == "lora" else kind, seed).read_text().splitlines()]
+    tokens = sum(len(encode_chat(run.tokenizer, [dict(role="user", content=x["prompt"]), dict(role="assistant", content=x["completion"])])[0]) for x in rows)
+    sft = run.recipe["sft"]
+    return dict(scores=scores, data=dict(rows=len(rows), tokens=tokens, times_read=round(sft["steps"] * sft["T"] * sft["rows"] / tokens, 2)), peak_gpu_gb=told["peak_gpu_gb"], log=told["log"][::10] + told["log"][-1:])
 
 
 def where(run, base, kind, seed):
@@ -280,8 +289,8 @@ def where(run, base, kind, seed):
     scores, rows = json.loads(kept.read_text()) if kept.exists() else {}, [(x.tolist(), n) for x, n in _asked(run)["recall"]["single_3"][T]]
     def names(i, *parts): return [n for n in a if f".layers.{i}." in n and ("MLP" if "mlp" in n or "post_attention" in n else "mixer") in parts]
     layers = range(pre.config.num_hidden_layers)
-    plan = {f"back: layers to {i}": sum((names(j, "mixer", "MLP") for j in range(i + 1)), []) for i in layers}
-    plan |= {f"{way}: {part} {i}": names(i, part) for way in ("back", "alone") for part in ("mixer", "MLP") for i in layers}
+    plan = {f"back: layers to {i}": sum((names(j, "mixer", "MLP") for j in range(i + 1)), []) for i in layers if i < 4 or i % 4 == 3 or i == layers[-1]}
+    plan |= {f"{way}: {part} {i}": names(i, part) for part in ("mixer", "MLP") for way in ("back", "alone") for i in layers}
     for name, these in {"alone: none": [], "back: none": [], **plan}.items():
         if name in scores: continue
         if time.monotonic() > run.until: raise SystemExit(f"time is up; the same command goes on with {name}")
@@ -314,10 +323,13 @@ def stages(run) -> dict:
         made[f"repair-seed{n}"] = lambda run, n=n: repair(run, "long", "problems", n, r["variants"])
         made[f"chat-seed{n}"] = lambda run, n=n: repair(run, "long", "chat", n, r["variants"])
         made[f"where-seed{n}"] = lambda run, n=n: where(run, "long", "chat", n)
+        made[f"fresh-seed{n}"] = lambda run, n=n: repair(run, "long", "fresh", n, r["few"])
+        made[f"repeated-seed{n}"] = lambda run, n=n: repair(run, "long", "repeated", n, r["few"])
         made[f"mixed-seed{n}"] = lambda run, n=n: repair(run, "long", "mixed", n, r["few"])
         made[f"lora-seed{n}"] = lambda run, n=n: repair(run, "long", "lora", n, r["few"])
         made[f"soft-seed{n}"] = lambda run, n=n: repair(run, "soft", "problems", n, r["few"])
         made[f"softchat-seed{n}"] = lambda run, n=n: repair(run, "soft", "chat", n, r["few"])
+        made[f"softfresh-seed{n}"] = lambda run, n=n: repair(run, "soft", "fresh", n, r["few"])
         made[f"nope-seed{n}"] = lambda run, n=n: repair(run, "nope-long", "problems", n, r["few"])
     return made
 
@@ -325,7 +337,7 @@ def stages(run) -> dict:
 def waits_for(name: str, files: int) -> set[str]:
     "The stages whose results a stage reads, or whose memory it could not share."
     kind, _, seed = name.partition("-seed")
-    if seed: return dict(sft={"long", "questions"}, repair={f"sft-seed{seed}", "hybrid"}, soft={"soft", "questions"}, softchat={"soft", "questions", "texts-0"}, nope={"nope-hybrid"}).get(kind, {"hybrid", "texts-0"})
+    if seed: return dict(sft={"long", "questions"}, repair={f"sft-seed{seed}", "hybrid"}, soft={"soft", "questions"}, softchat={"soft", "questions", "texts-0"}, softfresh={"soft", "questions", "texts-0"}, nope={"nope-hybrid"}).get(kind, {"hybrid", "texts-0"})
     earlier = {"teacher": {"questions"}, "align": {"layers", "questions"} | {f"texts-{i}" for i in range(files)}, "distil": {"align"}, "long": {"distil"}, "hybrid": {"long", "questions"}, "range": {"long", "texts-0"},
                "nope": {"align"}, "nope-long": {"nope"}, "nope-hybrid": {"nope-long"}}
     return earlier.get(name, {f"texts-{int(name[6:]) - 1}"} if name.startswith("texts-") and name != "texts-0" else set())

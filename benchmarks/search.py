@@ -15,11 +15,14 @@ from pathlib import Path
 
 narrow = dict(hidden_size=256, intermediate_size=704, num_attention_heads=4)
 wide = dict(hidden_size=384, intermediate_size=1024, num_attention_heads=6)
-searched = dict(  # the model, and the kinds of rows that pre-training leaves out
-    gpu=(narrow, ()), plain=(narrow, ("values", "hops")), wide=(wide, ("values", "hops")))
+searched = dict(  # the model, and the kinds of rows that pre-training leaves out; shipped: no pre-training, the shipped pre
+    shipped=(narrow, ()), gpu=(narrow, ()), plain=(narrow, ("values", "hops")), wide=(wide, ("values", "hops")))
 tests_of = dict(values="MV", hops="HOP")  # what a model without these rows has not been taught
-tunings = dict(chapter=dict(steps=800, lr=2.5e-4, warmup=60), longer=dict(steps=1500, lr=3e-4, warmup=30), gentle=dict(steps=2400, lr=1e-4, warmup=60))
-variants = ("pre", "post", "restored", "vo", "interpolated 0.9", "q", "k")
+chapter = dict(steps=800, lr=2.5e-4, warmup=60)
+tunings = dict(  # ramp: the highest rate comes when half is over; packed: every chain but the first of a row has something behind it that it does not need
+    chapter=dict(sft=chapter), longer=dict(sft=dict(steps=1500, lr=3e-4, warmup=30)), gentle=dict(sft=dict(steps=2400, lr=1e-4, warmup=60)),
+    ramp=dict(sft={**chapter, "warmup": 400}), packed=dict(sft=chapter, sft_data=dict(rows=8, T=2048, packed=True)))
+variants = ("pre", "post", "restored", "vo", "interpolated 0.9")
 
 
 def job(runs: Path, name: str, seed: int, model: str, chosen: list, full: bool, profile: str):
@@ -29,6 +32,7 @@ def job(runs: Path, name: str, seed: int, model: str, chosen: list, full: bool, 
     size, without = searched[name]
     fields, untaught = {**experiment.model_fields, **experiment.models[model]}, [tests_of[k] for k in without]
     recipe = {**recipe, "model": size if profile == "gpu" else recipe["model"], "recall": {k: v for k, v in recipe["recall"].items() if k not in untaught}}
+    if name == "shipped": recipe["pretraining"] = None
     start = runs / f"{name}-{model}-seed{seed}"
     start.mkdir(exist_ok=True)
     every = dict(training.kinds)
@@ -37,12 +41,12 @@ def job(runs: Path, name: str, seed: int, model: str, chosen: list, full: bool, 
     training.kinds.update(every)
     for tuning in chosen:
         out = runs / f"{start.name}-{tuning}"
-        changed = {**recipe, "sft": tunings[tuning] if profile == "gpu" else recipe["sft"]}
+        changed = {**recipe, **tunings[tuning]} if profile == "gpu" else recipe
         if not (out / "pre").exists():
             shutil.copytree(start / "pre", out / "pre.part", dirs_exist_ok=True)
             (out / "pre.part").rename(out / "pre")
-        made = dict(pretraining=pretraining, sft=experiment.finetune({**changed, "probe": 500}, out, "cot", seed, machine))
-        rivals = [v for v in experiment.more_variants if full and not v.startswith("head")]
+        made = dict(pretraining=pretraining, sft=experiment.finetune({**changed, "probe": changed["sft"]["steps"] // 4}, out, "cot", seed, machine))
+        rivals = [v for v in ("q", "k", *experiment.more_variants) if full and not v.startswith("head")]
         scores = experiment.measure(out, changed, seed, machine, [("cot", v, "recall") for v in variants] + [("cot", v, "fewer") for v in rivals])
         config = dict(profile=profile, search=name, model=model, tuning=tuning, recipe=changed, fields=fields, without=without)
         experiment._write(out / "results.json", dict(**provenance(seed, **config), wall_s=round(sum(m["wall_s"] for m in made.values()), 1), scores=scores, **made))

@@ -122,12 +122,13 @@ def sft_batch(
     answer: str = "cot",  # "cot"; "direct": the answer at once; "long": as many words as a chain has, without a thought
     names: str = "MADH",  # of the tasks
     order: int = 1,       # how far back everything depends: steps in a chain (of M alone), words in a long answer
+    packed: bool = False,  # chains end to end, as many as fit, instead of one a row
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Problems of the named tasks, all rules and 1 to 8 steps, one a row; only the response has weight. Direct answers are short: as many
     problems as fit share a row, so that every kind of answer has about 35 tokens with weight a row. ids and weights (rows, T)."""
     rng = np.random.default_rng([seed, 1, step])
     if answer == "long": ids, weights = _small_talk(rng, rows, T, order)
-    else: ids, weights = _problem_rows(rng, rows, T, list(names), answer == "cot", most=8, rules=4, one=answer == "cot", order=order)
+    else: ids, weights = _problem_rows(rng, rows, T, list(names), answer == "cot", most=8, rules=4, one=answer == "cot" and not packed, order=order)
     return torch.from_numpy(ids), torch.from_numpy(weights).float()
 
 # %% ../nbs/06_training.ipynb #b5e3aede

@@ -36,6 +36,17 @@ def test_a_kind_held_out(answer):
         assert not (weights[ids == token_id["PAD"]] > 0).any()
 
 
+def test_chains_end_to_end():
+    "Packed rows hold whole problems with hardly any room between them; questions weigh nothing, answers one."
+    ids, weights = sft_batch(0, rows=4, T=512, packed=True)
+    for row, w in zip(ids.tolist(), weights.tolist()):
+        starts, thinks, answers = ([i for i, t in enumerate(row) if t in those] for those in ({token_id[t] for t in "MADH"}, {token_id["THINK"]}, {token_id["ANS"]}))
+        assert len(starts) == len(thinks) == len(answers) > 4 and row.count(token_id["PAD"]) < 112
+        for start, think, answer in zip(starts, thinks, answers):
+            assert start < think < answer and not any(w[start:think + 1]) and all(w[answer:row.index(token_id["DOT"], answer) + 1])
+    assert (ids > 0).float().mean() > 1.5 * (sft_batch(0)[0] > 0).float().mean()
+
+
 @pytest.mark.parametrize("order", [1, 3])
 def test_rows_of_one_order(order):
     "Every row of a batch of M's chains follows its rule at that order; with other tasks an order above 1 is refused."
