@@ -290,6 +290,7 @@ def where(run, base, kind, seed):
     def names(i, *parts): return [n for n in a if f".layers.{i}." in n and ("MLP" if "mlp" in n or "post_attention" in n else "mixer") in parts]
     layers = range(pre.config.num_hidden_layers)
     plan = {f"back: layers to {i}": sum((names(j, "mixer", "MLP") for j in range(i + 1)), []) for i in layers if i < 4 or i % 4 == 3 or i == layers[-1]}
+    plan |= {f"{way}: embedding and head": [n for n in a if ".layers." not in n] for way in ("back", "alone")}
     plan |= {f"{way}: {part} {i}": names(i, part) for part in ("mixer", "MLP") for way in ("back", "alone") for i in layers}
     for name, these in {"alone: none": [], "back: none": [], **plan}.items():
         if name in scores: continue

@@ -208,7 +208,7 @@ def test_the_whole_path(tmp_path):
     assert {"questions", "layers", "teacher", "texts-0", "texts-1", "align", "distil", "long", "hybrid", "range", "soft", "sft-seed0", "repair-seed0", "chat-seed0", "where-seed0", "mixed-seed0", "fresh-seed0", "repeated-seed0", "lora-seed0", "soft-seed0", "softchat-seed0", "softfresh-seed0", "nope", "nope-long", "nope-hybrid", "nope-seed0"} == results.keys()
     for r in results.values(): assert {"seed", "config", "versions", "device", "wall_s"} <= r.keys()
     where = results["where-seed0"]["scores"]
-    assert len(where) == 2 + 5 * 3 and {"alone: none", "back: none", "back: layers to 2", "alone: MLP 1", "back: mixer 0"} <= where.keys() and {c["n"] for s in where.values() for c in s["single_3"].values()} == {1}
+    assert len(where) == 2 + 2 + 5 * 3 and {"alone: none", "back: none", "back: layers to 2", "alone: MLP 1", "back: mixer 0"} <= where.keys() and {c["n"] for s in where.values() for c in s["single_3"].values()} == {1}
     assert len((tmp_path / "runs" / "mixed-0.jsonl").read_text().splitlines()) == 2 * len((tmp_path / "runs" / "chat-0.jsonl").read_text().splitlines())
     assert set(results["repair-seed0"]["scores"]) == {"pre", "post", "restored"} and not list((tmp_path / "runs").glob("*.part"))
     again = subprocess.run([*script, str(tmp_path / "runs2"), str(tmp_path / "out2"), "--profile", "tiny", "--hybrid", str(tmp_path / "runs" / "long")], capture_output=True, text=True, env=env, timeout=300)
