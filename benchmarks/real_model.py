@@ -3,13 +3,15 @@
 Stages, in order: questions (what every model is asked), layers (which softmax layers stay), teacher (its recall and word problems), texts-N (drawn
 from it), align, distil, long (distilling on longer texts), hybrid (its recall), range (how far gradients of chains and of chat reach), soft (the
 unconverted model in our classes), nope, nope-long, nope-hybrid (distil to hybrid again without RoPE in the softmax layers, as HypeNet has it); then for
-each seed sft-N, repair-N (word problems, every variant), chat-N (conversations without chains, so few that they are read six times, every variant),
-where-N (what these damage, layer by layer), fresh-N (more conversations, read once), repeated-N (fewer word problems, read six times), mixed-N (as many
-of either), lora-N (word problems with an adapter), soft-N, softchat-N, softfresh-N (the same for the unconverted model), nope-N.
+each seed sft-N, repair-N (word problems, every variant), chat-N (conversations without chains, so few that they are read six times; every variant for
+the first seed), where-0 (what these damage, layer by layer), fresh-N (more conversations, read one and a half times), repeated-N (fewer word problems,
+read seven times), mixed-N (as many of either), lora-N (word problems with an adapter), soft-N, softchat-N, softfresh-N (the same for the unconverted
+model), nope-N.
 A stage that is done is passed over; one that is interrupted goes on where its last save was; with --at-once 4 up to four stages that do not wait for
 each other run side by side, in processes of their own. RUNS holds weights and texts, OUT gets one json a stage; that of an unfinished stage says so.
 
-Profiles: gpu (one H100 came in nineteen minutes, several processes side by side, from the teacher to three seeds with four variants each, three of the transformer with five and one of conversations; a further fine-tuning takes two minutes alone, a further variant 13 s, the hybrid without RoPE seven minutes: 65 minutes in all, not run in one go), colab (a T4: fine-tunes and
+Profiles: gpu (one H100 with --at-once: thirteen minutes from the teacher to the hybrid, seven more for the one without RoPE, a minute a fine-tuning when
+four run side by side, ten seconds a variant: some 95 minutes in all by these figures, in pieces of 19 and 24 minutes so far, never in one go), colab (a T4: fine-tunes and
 repairs a hybrid that --hybrid names, once; not run there), cpu (up to align in half an hour on two cores), tiny (random weights, to see that the path works)."""
 import argparse
 import fcntl
@@ -322,8 +324,8 @@ def stages(run) -> dict:
     for n in range(r["seeds"]):
         made[f"sft-seed{n}"] = lambda run, n=n: dict(post=tuned(run, "long", "problems", n).name)
         made[f"repair-seed{n}"] = lambda run, n=n: repair(run, "long", "problems", n, r["variants"])
-        made[f"chat-seed{n}"] = lambda run, n=n: repair(run, "long", "chat", n, r["variants"])
-        made[f"where-seed{n}"] = lambda run, n=n: where(run, "long", "chat", n)
+        made[f"chat-seed{n}"] = lambda run, n=n: repair(run, "long", "chat", n, r["few"] if n else r["variants"])
+        if n == 0: made["where-seed0"] = lambda run: where(run, "long", "chat", 0)
         made[f"fresh-seed{n}"] = lambda run, n=n: repair(run, "long", "fresh", n, r["few"])
         made[f"repeated-seed{n}"] = lambda run, n=n: repair(run, "long", "repeated", n, r["few"])
         made[f"mixed-seed{n}"] = lambda run, n=n: repair(run, "long", "mixed", n, r["few"])
