@@ -1,7 +1,8 @@
 """A real language model made a hybrid, fine-tuned, and repaired, stage by stage: `python benchmarks/real_model.py RUNS OUT [--minutes M] [--profile P] [--hybrid FOLDER] [--at-once N] [stage ...]`.
 
 Stages, in order: questions (what every model is asked), layers (which softmax layers stay), teacher (its recall and word problems), texts-N (drawn
-from it), align, distil, long (distilling on longer texts), hybrid (its recall), range (how far gradients of chains and of chat reach), soft (the
+from it), align, distil, long (distilling on longer texts), hybrid (its recall), range (how far gradients of chains and of chat reach), data (how often each fine-tuning
+reads what it is given), soft (the
 unconverted model in our classes), nope, nope-long, nope-hybrid (distil to hybrid again without RoPE in the softmax layers, as HypeNet has it); then for
 each seed sft-N, repair-N (word problems, every variant), chat-N (conversations without chains, so few that they are read six times; every variant for
 the first seed), where-0 (what these damage, layer by layer), fresh-N (more conversations, read one and a half times), repeated-N (fewer word problems,
@@ -184,6 +185,7 @@ def chats(run, kind, seed) -> Path:
     """The data of a fine-tuning: word problems with their steps (repeated: so few that they are read several times); conversations drawn from the teacher that came
     to an end (few, so they are read several times, too; fresh: those that the end of a text cut off as well, which is several times as much); or as many of either."""
     file = run.runs / f"{kind}-{seed}.jsonl"
+    if kind == "lora": return chats(run, "problems", seed)
     if kind == "problems" or file.exists(): return file
     if kind == "repeated":
         rows = run.runs.joinpath(f"problems-{seed}.jsonl").read_text().splitlines()
@@ -206,6 +208,16 @@ def chats(run, kind, seed) -> Path:
     random.Random(seed).shuffle(rows)
     _lines(file, rows)
     return file
+
+
+def data(run) -> dict:
+    "How much there is to read for each kind of fine-tuning, and how often its steps go through it."
+    out, sft = {}, run.recipe["sft"]
+    for kind in ("problems", "repeated", "chat", "fresh", "mixed"):
+        rows = [json.loads(x) for x in chats(run, kind, 0).read_text().splitlines()]
+        tokens = sum(len(encode_chat(run.tokenizer, [dict(role="user", content=x["prompt"]), dict(role="assistant", content=x["completion"])])[0]) for x in rows)
+        out[kind] = dict(rows=len(rows), tokens=tokens, times_read=round(sft["steps"] * sft["T"] * sft["rows"] / tokens, 2))
+    return dict(data=out)
 
 
 def remembered(rows: list[list[int]]) -> dict:
@@ -239,7 +251,7 @@ def tuned(run, base, kind, seed) -> Path:
 
 
 def _tuned(run, base, kind, seed, post, settings) -> Path:
-    data = chats(run, "problems" if kind == "lora" else kind, seed)
+    data = chats(run, kind, seed)
     if kind != "lora":
         finetune(run.runs / base, data, post, **settings)
         gc.collect(), torch.cuda.empty_cache()  # others may be on this GPU
@@ -278,10 +290,7 @@ def repair(run, base, kind, seed, names):
         run.so_far(unfinished=f"{len(scores)} of {len(names)} variants", scores=scores)
         print(f"{base}-{kind}-{seed}", name, {k: " ".join(f"{c['correct']}/{c['n']}" for c in s.values()) for k, s in scores[name].items()}, flush=True)
     told = json.loads((run.runs / f"{base}-{kind}-{seed}" / "finetune.json").read_text())
-    rows = [json.loads(x) for x in chats(run, "problems" if kind == "lora" else kind, seed).read_text().splitlines()]
-    tokens = sum(len(encode_chat(run.tokenizer, [dict(role="user", content=x["prompt"]), dict(role="assistant", content=x["completion"])])[0]) for x in rows)
-    sft = run.recipe["sft"]
-    return dict(scores=scores, data=dict(rows=len(rows), tokens=tokens, times_read=round(sft["steps"] * sft["T"] * sft["rows"] / tokens, 2)), peak_gpu_gb=told["peak_gpu_gb"], log=told["log"][::10] + told["log"][-1:])
+    return dict(scores=scores, peak_gpu_gb=told["peak_gpu_gb"], log=told["log"][::10] + told["log"][-1:])
 
 
 def where(run, base, kind, seed):
@@ -318,7 +327,7 @@ def stages(run) -> dict:
                 align=lambda run: trained(run, "align", lambda t: distill.convert(t, distill.choose_layers(run.json("layers")["rows"], r["keep"])), distill.align, calibrated=True, **r["align"]),
                 distil=lambda run: trained(run, "distil", lambda t: run.load("align"), distill.distil, **r["distil"]),
                 long=lambda run: trained(run, "long", lambda t: run.load("distil"), distill.distil, **r["long"]),
-                hybrid=lambda run: dict(scores=dict(pre=before(run, "long"))), range=reach, soft=softened,
+                hybrid=lambda run: dict(scores=dict(pre=before(run, "long"))), range=reach, data=data, soft=softened,
                 nope=lambda run: trained(run, "nope", lambda t: run.load("align", attn_use_rope=False, attn_logits_scaling="hype 500"), distill.distil, **r["distil"]),
                 **{"nope-long": lambda run: trained(run, "nope-long", lambda t: run.load("nope"), distill.distil, **r["long"]), "nope-hybrid": lambda run: dict(scores=dict(pre=before(run, "nope-long")))})
     for n in range(r["seeds"]):
@@ -326,14 +335,9 @@ def stages(run) -> dict:
         made[f"repair-seed{n}"] = lambda run, n=n: repair(run, "long", "problems", n, r["variants"])
         made[f"chat-seed{n}"] = lambda run, n=n: repair(run, "long", "chat", n, r["few"] if n else r["variants"])
         if n == 0: made["where-seed0"] = lambda run: where(run, "long", "chat", 0)
-        made[f"fresh-seed{n}"] = lambda run, n=n: repair(run, "long", "fresh", n, r["few"])
-        made[f"repeated-seed{n}"] = lambda run, n=n: repair(run, "long", "repeated", n, r["few"])
-        made[f"mixed-seed{n}"] = lambda run, n=n: repair(run, "long", "mixed", n, r["few"])
-        made[f"lora-seed{n}"] = lambda run, n=n: repair(run, "long", "lora", n, r["few"])
-        made[f"soft-seed{n}"] = lambda run, n=n: repair(run, "soft", "problems", n, r["few"])
-        made[f"softchat-seed{n}"] = lambda run, n=n: repair(run, "soft", "chat", n, r["few"])
-        made[f"softfresh-seed{n}"] = lambda run, n=n: repair(run, "soft", "fresh", n, r["few"])
-        made[f"nope-seed{n}"] = lambda run, n=n: repair(run, "nope-long", "problems", n, r["few"])
+        for name, base, kind in (("fresh", "long", "fresh"), ("repeated", "long", "repeated"), ("mixed", "long", "mixed"), ("lora", "long", "lora"), ("soft", "soft", "problems"),
+                                 ("softchat", "soft", "chat"), ("softfresh", "soft", "fresh"), ("nope", "nope-long", "problems")):
+            made[f"{name}-seed{n}"] = partial(repair, base=base, kind=kind, seed=n, names=r["few"])
     return made
 
 
@@ -341,7 +345,7 @@ def waits_for(name: str, files: int) -> set[str]:
     "The stages whose results a stage reads, or whose memory it could not share."
     kind, _, seed = name.partition("-seed")
     if seed: return dict(sft={"long", "questions"}, repair={f"sft-seed{seed}", "hybrid"}, soft={"soft", "questions"}, softchat={"soft", "questions", "texts-0"}, softfresh={"soft", "questions", "texts-0"}, nope={"nope-hybrid"}).get(kind, {"hybrid", "texts-0"})
-    earlier = {"teacher": {"questions"}, "align": {"layers", "questions"} | {f"texts-{i}" for i in range(files)}, "distil": {"align"}, "long": {"distil"}, "hybrid": {"long", "questions"}, "range": {"long", "texts-0"},
+    earlier = {"teacher": {"questions"}, "align": {"layers", "questions"} | {f"texts-{i}" for i in range(files)}, "distil": {"align"}, "long": {"distil"}, "hybrid": {"long", "questions"}, "range": {"long", "texts-0"}, "data": {"questions", "texts-0"},
                "nope": {"align"}, "nope-long": {"nope"}, "nope-hybrid": {"nope-long"}}
     return earlier.get(name, {f"texts-{int(name[6:]) - 1}"} if name.startswith("texts-") and name != "texts-0" else set())
 

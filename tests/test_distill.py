@@ -205,7 +205,7 @@ def test_the_whole_path(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     results = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "out").glob("*.json")}
-    assert {"questions", "layers", "teacher", "texts-0", "texts-1", "align", "distil", "long", "hybrid", "range", "soft", "sft-seed0", "repair-seed0", "chat-seed0", "where-seed0", "mixed-seed0", "fresh-seed0", "repeated-seed0", "lora-seed0", "soft-seed0", "softchat-seed0", "softfresh-seed0", "nope", "nope-long", "nope-hybrid", "nope-seed0"} == results.keys()
+    assert {"questions", "layers", "teacher", "texts-0", "texts-1", "align", "distil", "long", "hybrid", "range", "data", "soft", "sft-seed0", "repair-seed0", "chat-seed0", "where-seed0", "mixed-seed0", "fresh-seed0", "repeated-seed0", "lora-seed0", "soft-seed0", "softchat-seed0", "softfresh-seed0", "nope", "nope-long", "nope-hybrid", "nope-seed0"} == results.keys()
     for r in results.values(): assert {"seed", "config", "versions", "device", "wall_s"} <= r.keys()
     where = results["where-seed0"]["scores"]
     assert len(where) == 2 + 2 + 5 * 3 and {"alone: none", "back: none", "back: layers to 2", "alone: MLP 1", "back: mixer 0"} <= where.keys() and {c["n"] for s in where.values() for c in s["single_3"].values()} == {1}
@@ -250,4 +250,4 @@ def test_side_by_side(tmp_path):
     assert sorted(started) == sorted(names) and most == 3 and started[:3] == ["questions", "layers", "texts-0"]
     finished, started, bad = set(), [], "layers"
     with patch("real_model.time.sleep"), pytest.raises(SystemExit, match="failed: layers"): real_model.side_by_side(start, names, finished.__contains__, 2, 3, float("inf"))
-    assert set(started) < {"questions", "layers", "teacher", "texts-0", "texts-1", "soft", "soft-seed0", "softchat-seed0", "softfresh-seed0"}
+    assert set(started) < {"questions", "layers", "teacher", "texts-0", "texts-1", "data", "soft", "soft-seed0", "softchat-seed0", "softfresh-seed0"}
