@@ -6,11 +6,10 @@ reach in `pre` (W_grad), and what the generator says (its Markov order, and for 
 process of its own; what is done is passed over, so the same command goes on. OUT gets orders-seedN.json for each seed with all that is finished."""
 import argparse
 import json
-import multiprocessing
 import os
-import sys
-import time
 from pathlib import Path
+
+from queued import leave, work
 
 KINDS = ("cot", "order1", "order2", "order4", "order8", "long", "long4", "long16", "held", "lora", "lora3", "lora1")
 VARIANTS = ("post", "restored", "vo")
@@ -58,13 +57,6 @@ def job(runs: Path, kind: str, seed: int, profile: str):
     experiment._write(out / "done.json", dict(scores=scores, sft=made, reach=reach(kind, seed)))
 
 
-def entry(waiting, runs: Path, profile: str):
-    "One process, one job after the other: kernels that are compiled stay compiled."
-    log = open(runs / f"{os.getpid()}.log", "a")
-    for stream in (1, 2): os.dup2(log.fileno(), stream)
-    while (next_job := waiting.get()) is not None: job(runs, *next_job, profile)
-
-
 def collect(runs: Path, out: Path, seed: int, profile: str):
     from qkrestore_nb.core import provenance
     done = {kind: json.loads(p.read_text()) for kind in KINDS if (p := runs / f"{kind}-seed{seed}" / "done.json").exists()}
@@ -84,16 +76,6 @@ if __name__ == "__main__":
     args = ask.parse_args()
     for folder in (args.runs, args.out): folder.mkdir(exist_ok=True, parents=True)
     os.environ |= dict(OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // args.jobs)), TORCHINDUCTOR_COMPILE_THREADS="2")
-    deadline, context = time.monotonic() + 60 * args.minutes, multiprocessing.get_context("spawn")
-    waiting = context.Queue()
-    for item in [(kind, seed) for seed in args.seeds for kind in args.kinds] + [None] * args.jobs: waiting.put(item)
-    workers = [context.Process(target=entry, args=(waiting, args.runs, args.profile)) for _ in range(args.jobs)]
-    for p in workers: p.start()
-    for p in workers:
-        p.join(max(0, deadline - time.monotonic()))
-        if p.is_alive(): p.kill()
+    work(job, [(kind, seed) for seed in args.seeds for kind in args.kinds], args.runs, (args.profile,), args.jobs, args.minutes)
     for seed in args.seeds: collect(args.runs, args.out, seed, args.profile)
-    for log in args.runs.glob("*.log"):
-        if "Error" in (said := log.read_text()): print(log.name, said[-800:], flush=True)
-    sys.stdout.flush()
-    os._exit(0)  # whatever was stopped in time leaves its queue open
+    leave(args.runs)

@@ -6,12 +6,11 @@ less. Jobs run in N processes on the one GPU; what is done is passed over, what 
 job and fine-tuning that is finished."""
 import argparse
 import json
-import multiprocessing
 import os
 import shutil
-import sys
-import time
 from pathlib import Path
+
+from queued import leave, work
 
 narrow = dict(hidden_size=256, intermediate_size=704, num_attention_heads=4)
 wide = dict(hidden_size=384, intermediate_size=1024, num_attention_heads=6)
@@ -52,13 +51,6 @@ def job(runs: Path, name: str, seed: int, model: str, chosen: list, full: bool, 
         experiment._write(out / "results.json", dict(**provenance(seed, **config), wall_s=round(sum(m["wall_s"] for m in made.values()), 1), scores=scores, **made))
 
 
-def entry(waiting, runs: Path, *how):
-    "One process, one job after the other: kernels that are compiled stay compiled."
-    log = open(runs / f"{os.getpid()}.log", "a")
-    for stream in (1, 2): os.dup2(log.fileno(), stream)
-    while (item := waiting.get()) is not None: job(runs, *item, *how)
-
-
 if __name__ == "__main__":
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("runs", type=Path), ask.add_argument("out", type=Path), ask.add_argument("names", nargs="+")
@@ -67,19 +59,10 @@ if __name__ == "__main__":
     args = ask.parse_args()
     for folder in (args.runs, args.out): folder.mkdir(exist_ok=True, parents=True)
     os.environ |= dict(OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="3")
-    deadline, context = time.monotonic() + 60 * args.minutes, multiprocessing.get_context("spawn")
-    waiting, jobs = context.Queue(), [(n.split(":") + ["hypenet7m"])[:3] for n in args.names]
-    for item in [(name, int(seed), model) for name, seed, model in jobs] + [None] * args.jobs: waiting.put(item)
-    workers = [context.Process(target=entry, args=(waiting, args.runs, args.tunings, args.full, args.profile)) for _ in range(args.jobs)]
-    for p in workers: p.start()
-    for p in workers:
-        p.join(max(0, deadline - time.monotonic()))
-        if p.is_alive(): p.kill()
+    jobs = [(n.split(":") + ["hypenet7m"])[:3] for n in args.names]
+    work(job, [(name, int(seed), model) for name, seed, model in jobs], args.runs, (args.tunings, args.full, args.profile), args.jobs, args.minutes)
     for file in args.runs.glob("*/results.json"): shutil.copy(file, args.out / f"search-{file.parent.name}.json")
     for file in sorted(args.out.glob("search-*.json")):
         scores = json.loads(file.read_text())["scores"]
         print(file.name, {t: " ".join(str(round(100 * scores[v][t][T]["correct"] / scores[v][t][T]["n"])) for v in variants[:4]) for t, T in (("S3", "32768"), ("MK", "32768"), ("MF", "16384"), ("cot-A", "8")) if T in scores["pre"].get(t, {})}, flush=True)
-    for log in args.runs.glob("*.log"):
-        if "Error" in (said := log.read_text()): print(log.name, said[-800:], flush=True)
-    sys.stdout.flush()
-    os._exit(0)  # whatever was stopped in time leaves its queue open
+    leave(args.runs)
