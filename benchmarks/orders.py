@@ -29,10 +29,10 @@ def reach(kind: str, seed: int) -> dict:
     import numpy as np
     import torch
     from qkrestore_nb.diagnostics import gradient_range
-    from qkrestore_nb.experiment import pair, sfts
+    from qkrestore_nb.experiment import pair, sft_data
     from qkrestore_nb.hypenet import HypeNetForCausalLM
     from qkrestore_nb.training import _phrases, sft_batch
-    data = {k: v for k, v in sfts[kind].items() if k not in ("rank", "rate", "qk_rate")}
+    data = sft_data(kind)
     ids, weights = sft_batch(0, 1000 + seed, ROWS, **data)
     batch = dict(input_ids=ids, labels=ids.masked_fill(weights == 0, -100), attention_mask=(ids > 0).long())
     found = gradient_range(HypeNetForCausalLM.from_pretrained(pair() / "pre", dtype=torch.float32).eval(), batch)

@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['model_fields', 'models', 'sfts', 'main_variants', 'more_variants', 'recipes', 'names', 'demo_sizes', 'full_sizes',
-           'evaluate', 'save', 'pretrain', 'finetune', 'measure', 'run', 'pooled', 'figure', 'table', 'pair', 'demo']
+           'evaluate', 'save', 'pretrain', 'sft_data', 'finetune', 'measure', 'run', 'pooled', 'figure', 'table',
+           'pair', 'demo']
 
 # %% ../nbs/10_amnesia.ipynb #de240cb0
 import json
@@ -32,7 +33,7 @@ models = dict(  # what a model changes of model_fields
     hypenet7m={}, first7m=_softmax_at(0, 1), spread7m=_softmax_at(1, 4), late7m=_softmax_at(5, 6),
     softmax7m=dict(_softmax_at(*range(8)), attn_use_rope=True))  # without recurrent layers something else has to know the order
 
-sfts = dict(  # what fine-tuning changes; the first one makes post, and every rival of QK-Restore is made of it
+sfts: dict[str, dict] = dict(  # what fine-tuning changes; the first one makes post, and every rival of QK-Restore is made of it
     cot={}, direct=dict(answer="direct"), frozen=dict(qk_rate=0.), long=dict(answer="long"), slow=dict(qk_rate=.1),
     lora=dict(rank=16, rate=10), lora3=dict(rank=16, rate=3), lora1=dict(rank=16, rate=1),  # ten times the rate of full fine-tuning is usual for adapters
     held=dict(names="MDH"), **{f"order{k}": dict(names="M", order=k) for k in (1, 2, 4, 8)},  # a kind of chain held out; chapter 10b
@@ -186,6 +187,13 @@ def _means(profile) -> dict:
     return dict(dtype=profile.dtype, workers=min(8, (os.cpu_count() or 1) - 1) if profile.device == "cuda" else 0)
 
 
+def sft_data(
+    name: str,  # one of `sfts`
+) -> dict:
+    "What a kind of fine-tuning changes of the data: arguments of `sft_batch`. The rest changes how it trains."
+    return {k: v for k, v in sfts[name].items() if k not in ("rank", "rate", "qk_rate")}
+
+
 def finetune(
     recipe: dict,
     out: Path,        # run folder with pre/
@@ -219,8 +227,7 @@ def finetune(
             qk = planned_tensors(model.config.to_dict())
             rate = lambda n: choice["qk_rate"] if n in qk else 1.
         if name == "cot": probe(0, model.eval())
-        data = {k: v for k, v in choice.items() if k not in ("rank", "rate", "qk_rate")}
-        log = train(model, partial(sft_batch, seed=seed, **data, **recipe["sft_data"]), **how, file=out / f"{folder}.pt",
+        log = train(model, partial(sft_batch, seed=seed, **sft_data(name), **recipe["sft_data"]), **how, file=out / f"{folder}.pt",
                     every=recipe["probe"], look=probe if name == "cot" else None, label=f"fine-tuning ({name})", rate=rate, **_means(profile))
         save(model.merge_and_unload() if "rank" in choice else model, out / folder)
         return log
