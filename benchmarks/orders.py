@@ -18,10 +18,11 @@ ROWS = 64  # whose gradients are looked at
 
 
 def recipe(profile: str) -> dict:
-    "The shipped pre, half of the chapter's steps of fine-tuning, and fewer questions."
+    "The shipped pre, half of the chapter's steps of fine-tuning, a row for each chain, and fewer questions."
     from qkrestore_nb.experiment import recipes
     r = recipes[profile]
-    return {**r, **SIZES, "pretraining": None, "sft": {**r["sft"], "steps": 400}, "fewer": SIZES} if profile == "gpu" else {**r, "pretraining": None, "fewer": r}
+    if profile != "gpu": return {**r, "pretraining": None}
+    return {**r, **SIZES, "pretraining": None, "sft": {**r["sft"], "steps": 400}, "sft_data": dict(rows=128, T=112)}
 
 
 def reach(kind: str, seed: int) -> dict:
@@ -53,7 +54,7 @@ def job(runs: Path, kind: str, seed: int, profile: str):
     fields = {**experiment.model_fields, **experiment.models["hypenet7m"]}
     experiment.pretrain(how, out, seed, machine, fields)
     made = experiment.finetune({**how, "probe": 10 ** 9}, out, kind, seed, machine)
-    scores = experiment.measure(out, how, seed, machine, [("cot", "pre", "recall")] * (kind == "cot") + [(kind, v, "recall") for v in VARIANTS])
+    scores = experiment.measure(out, how, seed, machine, [("cot", "pre", "all")] * (kind == "cot") + [(kind, v, "all") for v in VARIANTS])
     experiment._write(out / "done.json", dict(scores=scores, sft=made, reach=reach(kind, seed)))
 
 

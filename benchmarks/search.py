@@ -18,9 +18,11 @@ searched = dict(  # the model, and the kinds of rows that pre-training leaves ou
     shipped=(narrow, ()), gpu=(narrow, ()), plain=(narrow, ("values", "hops")), wide=(wide, ("values", "hops")))
 tests_of = dict(values="MV", hops="HOP")  # what a model without these rows has not been taught
 chapter = dict(steps=800, lr=2.5e-4, warmup=60)
-tunings = dict(  # ramp: the highest rate comes when half is over; packed: every chain but the first of a row has something behind it that it does not need
-    chapter=dict(sft=chapter), longer=dict(sft=dict(steps=1500, lr=3e-4, warmup=30)), gentle=dict(sft=dict(steps=2400, lr=1e-4, warmup=60)),
-    ramp=dict(sft={**chapter, "warmup": 400}), packed=dict(sft=chapter, sft_data=dict(rows=8, T=2048, packed=True)))
+alone, packed = dict(rows=128, T=112), dict(rows=8, T=2048, packed=True)
+tunings = dict(  # ramp: the highest rate comes when half is over; packed: every chain but the first of a row has something behind it that it does not need; far: up to 8,192 tokens of it
+    chapter=dict(sft=chapter, sft_data=alone), longer=dict(sft=dict(steps=1500, lr=3e-4, warmup=30), sft_data=alone),
+    gentle=dict(sft=dict(steps=2400, lr=1e-4, warmup=60), sft_data=alone), ramp=dict(sft={**chapter, "warmup": 400}, sft_data=alone),
+    packed=dict(sft=chapter, sft_data=packed), packedramp=dict(sft={**chapter, "warmup": 400}, sft_data=packed), far=dict(sft=chapter, sft_data={**packed, "rows": 2, "T": 8192}))
 variants = ("pre", "post", "restored", "vo", "interpolated 0.9")
 
 
@@ -46,7 +48,7 @@ def job(runs: Path, name: str, seed: int, model: str, chosen: list, full: bool, 
             (out / "pre.part").rename(out / "pre")
         made = dict(pretraining=pretraining, sft=experiment.finetune({**changed, "probe": changed["sft"]["steps"] // 4}, out, "cot", seed, machine))
         rivals = [v for v in ("q", "k", *experiment.more_variants) if full and not v.startswith("head")]
-        scores = experiment.measure(out, changed, seed, machine, [("cot", v, "recall") for v in variants] + [("cot", v, "fewer") for v in rivals])
+        scores = experiment.measure(out, changed, seed, machine, [("cot", v, "all") for v in variants] + [("cot", v, "fewer") for v in rivals])
         config = dict(profile=profile, search=name, model=model, tuning=tuning, recipe=changed, fields=fields, without=without)
         experiment._write(out / "results.json", dict(**provenance(seed, **config), wall_s=round(sum(m["wall_s"] for m in made.values()), 1), scores=scores, **made))
 
@@ -54,7 +56,7 @@ def job(runs: Path, name: str, seed: int, model: str, chosen: list, full: bool, 
 if __name__ == "__main__":
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("runs", type=Path), ask.add_argument("out", type=Path), ask.add_argument("names", nargs="+")
-    ask.add_argument("--tunings", nargs="+", choices=tunings, default=["chapter"]), ask.add_argument("--full", action="store_true")
+    ask.add_argument("--tunings", nargs="*", choices=tunings, default=["chapter"], help="none: pre-training alone"), ask.add_argument("--full", action="store_true")
     ask.add_argument("--jobs", type=int, default=4), ask.add_argument("--minutes", type=float, default=600.), ask.add_argument("--profile", default="gpu")
     args = ask.parse_args()
     for folder in (args.runs, args.out): folder.mkdir(exist_ok=True, parents=True)

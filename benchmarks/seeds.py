@@ -17,7 +17,7 @@ import torch
 ask = argparse.ArgumentParser()
 ask.add_argument("runs", type=Path), ask.add_argument("out", type=Path)
 ask.add_argument("--jobs", nargs="+", default=["0", "1", "2", "3", "4"])
-ask.add_argument("--kinds", nargs="+", default=["cot", "direct", "frozen", "long", "slow", "lora"])
+ask.add_argument("--kinds", nargs="+", default=["cot", "alone", "few", "direct", "frozen", "long", "ramp", "slow", "lora"])
 ask.add_argument("--minutes", type=float, default=600.)
 ask.add_argument("--profile", default="gpu")
 ask.add_argument("--few", action="store_true", help="the deciding variants alone")

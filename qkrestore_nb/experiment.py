@@ -34,35 +34,39 @@ models = dict(  # what a model changes of model_fields
     softmax7m=dict(_softmax_at(*range(8)), attn_use_rope=True))  # without recurrent layers something else has to know the order
 
 sfts: dict[str, dict] = dict(  # what fine-tuning changes; the first one makes post, and every rival of QK-Restore is made of it
-    cot={}, direct=dict(answer="direct"), frozen=dict(qk_rate=0.), long=dict(answer="long"), slow=dict(qk_rate=.1),
+    cot={}, alone=dict(packed=False, T=112, times=38.4), few=dict(times=.375),  # a row for each chain, times: so many rows that as many tokens count; and fewer chains
+    direct=dict(answer="direct", times=2.5), frozen=dict(qk_rate=0.), long=dict(answer="long"), ramp=dict(climb=.5), slow=dict(qk_rate=.1),
     lora=dict(rank=16, rate=10), lora3=dict(rank=16, rate=3), lora1=dict(rank=16, rate=1),  # ten times the rate of full fine-tuning is usual for adapters
     held=dict(names="MDH"), **{f"order{k}": dict(names="M", order=k) for k in (1, 2, 4, 8)},  # a kind of chain held out; chapter 10b
     **{f"long{k}": dict(answer="long", order=k) for k in (4, 16)})
 
-main_variants = ("pre", "post", "restored", "vo", "interpolated 0.9", "q", "k")
+main_variants = ("pre", "post", "restored", "vo", "interpolated 0.9", "q", "k", "qkvo", "softmax mixers")
 more_variants = ("v", "o", "qk and norms", "softmax layers' gates", "qk of linear layers", "vo of linear layers", "qk of all layers", "first linear mixer",
                  "all mixers", "MLPs", "norms", "embedding and head", "interpolated 0.95", "interpolated 0.75", "qk interpolated 0.5", "LiNeS 0.5", "LiNeS 0.8",
                  "pro input 0.01", "pro input 0.1", "pro input 1", "pro head 0.01", "pro head 0.1", "pro head 1", "random tensors", "noise", "drift alone",
-                 "directions 1", "directions 4", "directions 16", "directions 64", *(f"head {layer}.{h}" for layer in (1, 2) for h in range(4)))
+                 "directions 1", "directions 4", "directions 16", "directions 64", "restored on LiNeS 0.8", "softmax mixers on LiNeS 0.8",
+                 "restored on interpolated 0.9", "softmax mixers on interpolated 0.9", *(f"head {layer}.{h}" for layer in (1, 2) for h in range(4)))
 
 recipes: dict[str, dict] = dict(
     gpu=dict(model=dict(hidden_size=256, intermediate_size=704, num_attention_heads=4),
              pretraining=dict(steps=2600, lr=1e-3, warmup=100, weight_decay=.1), pretraining_data=dict(tokens=32768, first=800),
-             sft=dict(steps=800, lr=2.5e-4, warmup=60), sft_data=dict(rows=128, T=112), probe=50,
+             sft=dict(steps=800, lr=2.5e-4, warmup=60), sft_data=dict(rows=8, T=2048, packed=True), probe=50,
              recall=dict(S1=[(4096, 32, 1), (32768, 32, 1)], S2=[(4096, 32, 1), (32768, 32, 1)], S3=[(T, 64, 1) for T in (1024, 4096, 16384, 32768)],
                          MK=[(T, 16, 8) for T in (1024, 4096, 16384, 32768)], MV=[(1024, 16, 4), (4096, 16, 4)], HOP=[(1024, 16, 4), (16384, 16, 4)],
                          MF=[(256, 32, 8), (1024, 8, 32), (4096, 4, 128), (16384, 4, 128), (32768, 4, 128)]),
              steps=(1, 2, 4, 8), problems=128,
-             fewer=dict(recall=dict(S3=[(16384, 16, 1)], MK=[(16384, 4, 8)], MF=[(1024, 4, 32), (4096, 2, 128), (16384, 2, 128)]), steps=(8,), problems=64)),
+             fewer=dict(recall=dict(S3=[(16384, 16, 1)], MK=[(16384, 4, 8)], MF=[(1024, 4, 32), (4096, 2, 128), (16384, 2, 128)]), steps=(8,), problems=64),
+             other=dict(recall=dict(S1=[(32768, 32, 1)], S2=[(32768, 32, 1)], S3=[(4096, 64, 1), (32768, 64, 1)], MK=[(4096, 16, 8), (32768, 16, 8)],
+                                    HOP=[(1024, 16, 4)], MF=[(1024, 8, 32), (4096, 4, 128)]), steps=(8,), problems=128)),
     colab=dict(model=dict(hidden_size=256, intermediate_size=704, num_attention_heads=4), pretraining=None,
-               sft=dict(steps=800, lr=2.5e-4, warmup=60), sft_data=dict(rows=128, T=112), probe=100,
+               sft=dict(steps=800, lr=2.5e-4, warmup=60), sft_data=dict(rows=8, T=2048, packed=True), probe=100,
                recall=dict(S3=[(1024, 32, 1), (4096, 32, 1)], MK=[(1024, 16, 8), (4096, 16, 8)], MF=[(1024, 8, 32), (4096, 4, 128), (16384, 2, 128)]),
-               steps=(1, 8), problems=128, fewer=dict(recall=dict(MF=[(4096, 2, 128)]), steps=(8,), problems=64)),
+               steps=(1, 8), problems=128, fewer=(few := dict(recall=dict(MF=[(4096, 2, 128)]), steps=(8,), problems=64)), other=few),
     smoke=dict(model=dict(hidden_size=64, intermediate_size=128, num_attention_heads=1),
                pretraining=dict(steps=60, lr=2e-3, warmup=10, weight_decay=.1), pretraining_data=dict(tokens=4096, first=60),
-               sft=dict(steps=30, lr=1e-3, warmup=5), sft_data=dict(rows=16, T=112), probe=10,
+               sft=dict(steps=30, lr=1e-3, warmup=5), sft_data=dict(rows=2, T=896, packed=True), probe=10,
                recall=dict(S1=[(256, 8, 1)], S3=[(256, 8, 1)], MF=[(512, 4, 8)]), steps=(1, 8), problems=16,
-               fewer=dict(recall=dict(MF=[(256, 2, 8)]), steps=(1,), problems=8)))
+               fewer=(few := dict(recall=dict(MF=[(256, 2, 8)]), steps=(1,), problems=8)), other=few))
 
 # %% ../nbs/10_amnesia.ipynb #1c0b9270
 @lru_cache(maxsize=64)
@@ -188,10 +192,12 @@ def _means(profile) -> dict:
 
 
 def sft_data(
-    name: str,  # one of `sfts`
+    name: str,               # one of `sfts`
+    base: dict | None = None,  # the recipe's own
 ) -> dict:
-    "What a kind of fine-tuning changes of the data: arguments of `sft_batch`. The rest changes how it trains."
-    return {k: v for k, v in sfts[name].items() if k not in ("rank", "rate", "qk_rate")}
+    "The data of a kind of fine-tuning: arguments of `sft_batch`. What else the kind changes is how it trains."
+    changed = {k: v for k, v in sfts[name].items() if k not in ("rank", "rate", "qk_rate", "climb", "times")}
+    return {**(base or {}), **changed, **(dict(rows=max(1, round(sfts[name]["times"] * base["rows"]))) if base and "times" in sfts[name] else {})}
 
 
 def finetune(
@@ -220,6 +226,7 @@ def finetune(
         set_seed(seed)
         model = HypeNetForCausalLM.from_pretrained(out / "pre", dtype=torch.float32).to(profile.device)
         how, rate = dict(recipe["sft"]), lambda n: 1.
+        if "climb" in choice: how["warmup"] = int(choice["climb"] * how["steps"])
         if "rank" in choice:
             from peft import LoraConfig, get_peft_model
             model, how["lr"] = get_peft_model(model, LoraConfig(r=choice["rank"], lora_alpha=2 * choice["rank"], target_modules="all-linear")), choice["rate"] * how["lr"]
@@ -227,7 +234,7 @@ def finetune(
             qk = planned_tensors(model.config.to_dict())
             rate = lambda n: choice["qk_rate"] if n in qk else 1.
         if name == "cot": probe(0, model.eval())
-        log = train(model, partial(sft_batch, seed=seed, **sft_data(name), **recipe["sft_data"]), **how, file=out / f"{folder}.pt",
+        log = train(model, partial(sft_batch, seed=seed, **sft_data(name, recipe["sft_data"])), **how, file=out / f"{folder}.pt",
                     every=recipe["probe"], look=probe if name == "cot" else None, label=f"fine-tuning ({name})", rate=rate, **_means(profile))
         save(model.merge_and_unload() if "rank" in choice else model, out / folder)
         return log
@@ -243,7 +250,7 @@ def measure(
     recipe: dict,
     seed: int,
     profile,
-    plan: list,      # (kind of fine-tuning, variant, "recall" or "fewer")
+    plan: list,      # (kind of fine-tuning, variant, which questions: "all", or those of the recipe's "fewer" or "other")
 ) -> dict:
     "Ask every variant of the plan that has not been asked yet: 'variant' or 'kind: variant' -> scores of `evaluate`. Kept in scores.json after each."
     import torch
@@ -262,7 +269,7 @@ def measure(
         bar.set_postfix_str(key)
         if key in scores: continue
         model.load_state_dict(variant(name, weights("pre"), weights(_post(kind)), model.config, seed))
-        sizes = recipe if size == "recall" else recipe["fewer"]
+        sizes = recipe if size == "all" else recipe[size]
         scores[key] = evaluate(model, sizes["recall"], sizes["steps"], sizes["problems"], seed, device)
         _write(note, scores)
     return scores
@@ -296,7 +303,7 @@ def run(
         made = dict(pretraining=pretrain(recipe, out, seed, machine, fields))
         for i, kind in enumerate(kinds):
             made["sft" if kind == "cot" else f"sft-{kind}"] = finetune(recipe, out, kind, seed, machine)
-            plan = [("cot", v, "recall") for v in main_variants] + [("cot", v, "fewer") for v in variants] if kind == "cot" else [(kind, v, "recall") for v in ("post", "restored", "vo")]
+            plan = [("cot", v, "all") for v in main_variants] + [("cot", v, "fewer") for v in variants] if kind == "cot" else [(kind, v, "other") for v in ("post", "restored", "vo")]
             scores = measure(out, recipe, seed, machine, plan)
             _write(out / "results.json", dict(**provenance(seed, **config, kinds=kinds[:i + 1], full=full),
                                               wall_s=round(old["wall_s"] + time.perf_counter() - then, 1), scores=scores,

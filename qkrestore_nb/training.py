@@ -61,8 +61,7 @@ def _value_rows(rng, B, T, **kwargs):
 
 def _problem_rows(rng, B, T, names, cot=True, most=2, rules=2, one=False, order=1):
     "Problems of the named tasks with 1 to `most` steps."
-    stream = (problem(rng, str(rng.choice(names)), int(rng.integers(1, most + 1)), cot, rules, order) for _ in iter(int, 1))
-    ids, known = pack(stream, B, T, one)
+    ids, known = pack((problem(rng, str(rng.choice(names)), int(rng.integers(1, most + 1)), cot, rules, order) for _ in iter(int, 1)), B, T, one)
     return ids, known.astype(float)
 
 # %% ../nbs/06_training.ipynb #5974be98
@@ -100,18 +99,15 @@ def pretraining_batch(
 _phrases = np.random.default_rng(2).integers(0, 178, (178, 4))  # four words may follow each word of small talk
 
 
-def _small_talk(rng, B, T, order=1):
-    "A question, then up to 60 words in which each depends on the one `order` words before it alone: long answers without a chain of thought."
-    known = np.concatenate([digits, letters, keys, ids_of("#0", 8)])
-    ids, weights = np.full((B, T), token_id["PAD"]), np.zeros((B, T))
-    for b in range(B):
-        question = problem(rng, str(rng.choice(["M", "A", "D", "H"])), int(rng.integers(1, 9)), cot=False)
-        ask = [i for i, k in zip(*question) if not k][:16]
-        n, said = int(rng.integers(8, 61)), list(rng.integers(178, size=order))  # 34 on average, as chains have; all but one of the first words weigh nothing
-        for _ in range(n): said.append(_phrases[said[-order], rng.integers(4)])
-        end = len(ask) + order - 1 + n
-        ids[b, :end], weights[b, end - n:end] = [*ask, *known[said[:-1]]], 1
-    return ids, weights
+def _small_talk(rng, order=1):
+    "A question, then up to 60 words in which each depends on the one `order` words before it alone: a long answer without a chain of thought."
+    spoken = np.concatenate([digits, letters, keys, ids_of("#0", 8)])
+    question = problem(rng, str(rng.choice(["M", "A", "D", "H"])), int(rng.integers(1, 9)), cot=False)
+    ask = [i for i, k in zip(*question) if not k][:16]
+    n, said = int(rng.integers(8, 61)), list(rng.integers(178, size=order))  # 34 on average, as chains have; all but one of the first words weigh nothing
+    for _ in range(n): said.append(_phrases[said[-order], rng.integers(4)])
+    ids = [*ask, *spoken[said[:-1]]]
+    return ids, [i >= len(ids) - n for i in range(len(ids))]
 
 
 def sft_batch(
@@ -122,12 +118,12 @@ def sft_batch(
     answer: str = "cot",  # "cot"; "direct": the answer at once; "long": as many words as a chain has, without a thought
     names: str = "MADH",  # of the tasks
     order: int = 1,       # how far back everything depends: steps in a chain (of M alone), words in a long answer
-    packed: bool = False,  # chains end to end, as many as fit, instead of one a row
+    packed: bool = False,  # problems end to end, as many as fit, instead of one a row
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Problems of the named tasks, all rules and 1 to 8 steps, one a row; only the response has weight. Direct answers are short: as many
-    problems as fit share a row, so that every kind of answer has about 35 tokens with weight a row. ids and weights (rows, T)."""
+    problems as fit always share a row, so that every kind of answer has about 35 tokens with weight in 112. ids and weights (rows, T)."""
     rng = np.random.default_rng([seed, 1, step])
-    if answer == "long": ids, weights = _small_talk(rng, rows, T, order)
+    if answer == "long": ids, weights = pack((_small_talk(rng, order) for _ in iter(int, 1)), rows, T, not packed)
     else: ids, weights = _problem_rows(rng, rows, T, list(names), answer == "cot", most=8, rules=4, one=answer == "cot" and not packed, order=order)
     return torch.from_numpy(ids), torch.from_numpy(weights).float()
 

@@ -13,10 +13,10 @@ from .procrustes import qk_pro
 from .restore import qk_restore
 
 # %% ../nbs/09a_variants.ipynb #89446fe7
-restores = dict(restored="qk", q="q", k="k", v="v", o="o", vo="vo")  # projections of the softmax layers
+restores = dict(restored="qk", q="q", k="k", v="v", o="o", vo="vo", qkvo="qkvo")  # projections of the softmax layers
 
 groups = {  # what else goes back to the checkpoint before SFT
-    "qk and norms": r"layers\.S\.self_attn\.[qk]_(proj|norm)|layers\.S\.input_layernorm", "softmax layers' gates": r"layers\.S\.self_attn\.o_gate",
+    "qk and norms": r"layers\.S\.self_attn\.[qk]_(proj|norm)|layers\.S\.input_layernorm", "softmax layers' gates": r"layers\.S\.self_attn\.o_gate", "softmax mixers": r"layers\.S\.self_attn",
     "qk of linear layers": r"layers\.L\.self_attn\.[qk]_(proj|conv1d)", "vo of linear layers": r"layers\.L\.self_attn\.[vo]_(proj|conv1d)",
     "qk of all layers": r"self_attn\.[qk]_(proj|conv1d)", "first linear mixer": r"layers\.F\.self_attn", "all mixers": r"self_attn",
     "MLPs": r"\.mlp\.", "norms": r"norm\.weight", "embedding and head": r"embed_tokens|lm_head"}
@@ -51,13 +51,16 @@ def _largest(x: torch.Tensor, r: int) -> torch.Tensor:
 
 
 def variant(
-    name: str,      # one of `restores` or `groups`, or one of the names above, as in "interpolated 0.9"
+    name: str,      # one of `restores` or `groups`, or one of the names above, as in "interpolated 0.9"; "qkvo on LiNeS 0.8": the first made of the second
     pre: dict,      # state dict before SFT, float32
     post: dict,     # and after
     config,         # of the model
     seed: int = 0,  # of the controls
 ) -> dict:
     "The state dict of a rival of QK-Restore. Raises ValueError for a name that is not known."
+    if " on " in name:
+        name, _, below = name.partition(" on ")
+        post = variant(below, pre, post, config, seed)
     a, b, restore = pre, post, lambda **how: qk_restore(pre, post, config=config, **how)
     if name in ("pre", "post"): return dict(a if name == "pre" else b)
     if name in restores: return restore(projections=restores[name])
