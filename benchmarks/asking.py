@@ -4,7 +4,8 @@ The shipped pair is asked for the same needles in three ways: with the answer's 
 that no format has to be chosen), the same with nothing but digits to choose from, and inside a thinking span in the shape of the
 fine-tuning's own steps. If only the format had changed, the second would find what the first does not.
 
-`python benchmarks/asking.py PRE POST OUT` asks another pair the first two ways, more kinds, longer, and of V and O as well."""
+`python benchmarks/asking.py PRE POST OUT` asks another pair the first two ways (S3 among letters), more kinds, longer, and of more variants; on a
+GPU up to 32K tokens."""
 import json
 import sys
 import time
@@ -14,46 +15,51 @@ import numpy as np
 import torch
 
 from qkrestore_nb.core import provenance
-from qkrestore_nb.experiment import pair
+from qkrestore_nb.experiment import pair, recipes
 from qkrestore_nb.hypenet import HypeNetForCausalLM
-from qkrestore_nb.recall import digits, recall_test, right, token_id
+from qkrestore_nb.recall import digits, letters, recall_test, right, token_id
 from qkrestore_nb.variants import variant
 
-ROOT, SEED, ROWS, ASKED, LENGTHS, KINDS = Path(__file__).parent.parent, 13, 32, 8, (512, 1024), ("MK", "MF")
+ROOT, SEED, ASKED = Path(__file__).parent.parent, 13, 8
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZES: dict = {kind: [(T, 32, ASKED) for T in (512, 1024)] for kind in ("MK", "MF")}  # tokens, haystacks, questions a haystack
 FOLDERS, OUT, NAMES = [pair() / "pre", pair() / "post"], ROOT / "results" / "asking.json", ("pre", "post", "restored", "interpolated 0.9")
 if other := sys.argv[1:]:
     *FOLDERS, OUT = map(Path, other)
-    ROWS, LENGTHS, KINDS, NAMES = 16, (1024, 4096), ("S2", "MK", "MF"), ("pre", "post", "restored", "vo", "interpolated 0.9")
+    NAMES = ("pre", "post", "restored", "vo", "qkvo", "softmax mixers", "interpolated 0.9")
+    SIZES = {k: v for k, v in recipes["gpu"]["other"]["recall"].items() if k != "HOP"} if DEVICE == "cuda" else {k: [(T, 16, n) for T in (1024, 4096)] for k, n in (("S2", 1), ("S3", 1), ("MK", 8), ("MF", 8))}
 
 
-def ways(kind: str, T: int) -> dict:
+def ways(kind: str, T: int, rows: int, asked: int) -> dict:
     "The same haystacks and questions, asked in three ways: ids and ask."
-    test = recall_test(kind, ROWS, T, 1 if kind == "S2" else ASKED, SEED)
+    test = recall_test(kind, rows, T, asked, SEED)
     if other: return dict(prefix=test, digits=test)
     ids, body = test["ids"], test["ids"][:, :T - 10 * ASKED]
-    question = ids[:, T - 10 * ASKED:].reshape(ROWS, ASKED, 10)  # QM k1 k2 IS v v v v v DOT
-    word = lambda w: np.full((ROWS, ASKED, 1), token_id[w])
+    question = ids[:, T - 10 * ASKED:].reshape(rows, ASKED, 10)  # QM k1 k2 IS v v v v v DOT
+    word = lambda w: np.full((rows, ASKED, 1), token_id[w])
     thought = np.concatenate([word("THINK"), word("#0"), word("N"), question[..., 1:]], -1)
-    place = lambda start, size, what: np.broadcast_to(start + size * np.arange(ASKED)[:, None] + np.array(what), (ROWS, ASKED, len(what)))
+    place = lambda start, size, what: np.broadcast_to(start + size * np.arange(ASKED)[:, None] + np.array(what), (rows, ASKED, len(what)))
     return dict(prefix=dict(ids=ids, ask=test["ask"]), digits=dict(ids=ids, ask=test["ask"]),
-                thinking=dict(ids=np.concatenate([body, thought.reshape(ROWS, -1)], 1), ask=place(T - 10 * ASKED, 12, range(6, 11))))
+                thinking=dict(ids=np.concatenate([body, thought.reshape(rows, -1)], 1), ask=place(T - 10 * ASKED, 12, range(6, 11))))
 
 
 then = time.perf_counter()
-pre, post = (HypeNetForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for folder in FOLDERS)
-a, b = ({n: w.clone() for n, w in m.state_dict().items()} for m in (pre, post))
-others = torch.full((post.config.vocab_size,), -torch.inf).index_fill(0, torch.as_tensor(digits), 0.)  # added to the logits: digits alone are left
+load = lambda folder: HypeNetForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE).eval()
+pre, model = (load(folder) for folder in FOLDERS)
+a, b = ({n: w.clone() for n, w in m.state_dict().items()} for m in (pre, model))
+if DEVICE == "cuda": model = model.to(torch.bfloat16)  # as in the experiment
+only = {k: torch.full((model.config.vocab_size,), -torch.inf).index_fill(0, torch.as_tensor(letters if k == "S3" else digits), 0.).to(DEVICE) for k in SIZES}  # added to the logits: only what a value consists of is left
 scores = {}
 for name in NAMES:
-    post.load_state_dict(variant(name, a, b, post.config))
-    for kind in KINDS:
-        for T in LENGTHS:
-            for way, batch in ways(kind, T).items():
-                hook = post.lm_head.register_forward_hook(lambda head, inputs, logits: logits + others if way == "digits" else logits)
-                ok = right(post, batch)
+    model.load_state_dict(variant(name, a, b, model.config))
+    for kind, sizes in SIZES.items():
+        for T, rows, asked in sizes:
+            for way, batch in ways(kind, T, rows, asked).items():
+                hook = model.lm_head.register_forward_hook(lambda head, inputs, logits: logits + only[kind] if way == "digits" else logits)
+                ok = right(model, batch, rows=max(1, (131072 if DEVICE == "cuda" else 65536) // T))
                 hook.remove()
                 scores.setdefault(name, {}).setdefault(f"{kind} {way}", {})[str(T)] = dict(correct=int(ok.sum()), n=ok.size)
     print(name, {t: {x: f"{c['correct']}/{c['n']}" for x, c in v.items()} for t, v in scores[name].items()}, flush=True)
-of = [str(f) for f in FOLDERS] if other else json.loads((pair() / "provenance.json").read_text())["date"]
-result = dict(**provenance(SEED, pair=of, rows=ROWS, asked=ASKED, lengths=LENGTHS), wall_s=round(time.perf_counter() - then, 1), scores=scores)
+of = Path(FOLDERS[0]).resolve().parent.name if other else json.loads((pair() / "provenance.json").read_text())["date"]
+result = dict(**provenance(SEED, pair=of, sizes=SIZES), wall_s=round(time.perf_counter() - then, 1), scores=scores)
 OUT.write_text(json.dumps(result, indent=1) + "\n")

@@ -380,7 +380,7 @@ def table(
     lines = [f"{'test':<8}{'length':>8}{'n':>6}" + "".join(f"{v:>20}" for v in columns) + f"{'regained':>11}"]
     for test, cells in scores["pre"].items():
         for x in cells:
-            share = {v: _points(scores[v], test)[list(cells).index(x)] for v in scores}
+            share = {v: _points(scores[v], test)[list(cells).index(x)] for v in {*columns, *names}}
             text = "".join("{:>20}".format("{:.0f}% ({:.0f} to {:.0f})".format(*share[v][1:])) for v in columns)
             (_, pre, low, high), (_, post, post_low, post_high) = share["pre"], share["post"]
             back = "gained" if post_low > high else f"{100 * (share['restored'][1] - post) / (pre - post):.0f}%" if post_high < low else "-"
