@@ -247,7 +247,7 @@ def experiment(
     out: Annotated[Optional[Path], typer.Option(help="Run folder, or with several seeds the folder of their run folders; an interrupted run goes on. Default: qkrestore-experiment-PROFILE-MODEL-seedN.")] = None,
     seed: Annotated[str, typer.Option(help="Of weights, data and questions: a number, or several as in 0,1,2 or 0-4.")] = "0",
     model: Annotated[str, typer.Option(help="hypenet7m, or first7m, spread7m, late7m (where the softmax layers stand), softmax7m.")] = "hypenet7m",
-    kinds: Annotated[str, typer.Option(help="Of fine-tuning: cot, direct, frozen, long, slow, lora; several with commas.")] = "cot",
+    kinds: Annotated[str, typer.Option(help="Of fine-tuning: cot, alone, few, direct, frozen, long, ramp, slow, lora; several with commas.")] = "cot",
     full: Annotated[bool, typer.Option("--full", help="Measure every rival of QK-Restore.")] = False,
 ) -> None:
     """Pre-train a small hybrid, fine-tune it on chains of thought, restore, measure.
