@@ -61,12 +61,13 @@ recipes: dict[str, dict] = dict(
     colab=dict(model=dict(hidden_size=256, intermediate_size=704, num_attention_heads=4), pretraining=None,
                sft=dict(steps=800, lr=2.5e-4, warmup=60), sft_data=dict(rows=8, T=2048, packed=True), probe=100,
                recall=dict(S3=[(1024, 32, 1), (4096, 32, 1)], MK=[(1024, 16, 8), (4096, 16, 8)], MF=[(1024, 8, 32), (4096, 4, 128), (16384, 2, 128)]),
-               steps=(1, 8), problems=128, fewer=(few := dict(recall=dict(MF=[(4096, 2, 128)]), steps=(8,), problems=64)), other=few),
+               steps=(1, 8), problems=128, fewer=dict(recall=dict(MF=[(4096, 2, 128)]), steps=(8,), problems=64)),
     smoke=dict(model=dict(hidden_size=64, intermediate_size=128, num_attention_heads=1),
                pretraining=dict(steps=60, lr=2e-3, warmup=10, weight_decay=.1), pretraining_data=dict(tokens=4096, first=60),
                sft=dict(steps=30, lr=1e-3, warmup=5), sft_data=dict(rows=2, T=896, packed=True), probe=10,
                recall=dict(S1=[(256, 8, 1)], S3=[(256, 8, 1)], MF=[(512, 4, 8)]), steps=(1, 8), problems=16,
-               fewer=(few := dict(recall=dict(MF=[(256, 2, 8)]), steps=(1,), problems=8)), other=few))
+               fewer=dict(recall=dict(MF=[(256, 2, 8)]), steps=(1,), problems=8)))
+recipes |= {p: {**recipes[p], "other": recipes[p]["fewer"]} for p in ("colab", "smoke")}  # what other kinds of fine-tuning are asked
 
 # %% ../nbs/10_amnesia.ipynb #1c0b9270
 @lru_cache(maxsize=64)
@@ -192,8 +193,8 @@ def _means(profile) -> dict:
 
 
 def sft_data(
-    name: str,               # one of `sfts`
-    base: dict | None = None,  # the recipe's own
+    name: str,                 # one of `sfts`
+    base: dict | None = None,  # the recipe's own data
 ) -> dict:
     "The data of a kind of fine-tuning: arguments of `sft_batch`. What else the kind changes is how it trains."
     changed = {k: v for k, v in sfts[name].items() if k not in ("rank", "rate", "qk_rate", "climb", "times")}
