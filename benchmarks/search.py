@@ -19,7 +19,7 @@ searched = dict(  # the model, and the kinds of rows that pre-training leaves ou
 tests_of = dict(values="MV", hops="HOP")  # what a model without these rows has not been taught
 chapter = dict(steps=800, lr=2.5e-4, warmup=60)
 alone, packed = dict(rows=128, T=112), dict(rows=8, T=2048, packed=True)
-tunings = dict(  # ramp: the highest rate comes when half is over; packed: every chain but the first of a row has something behind it that it does not need; far: up to 8,192 tokens of it
+tunings = dict(  # chapter, longer, gentle, ramp: a row for each chain, as chapter 10 had it at first; ramp: the highest rate comes when half is over; packed: every chain but the first of a row has something behind it that it does not need; far: up to 8,192 tokens of it
     chapter=dict(sft=chapter, sft_data=alone), longer=dict(sft=dict(steps=1500, lr=3e-4, warmup=30), sft_data=alone),
     gentle=dict(sft=dict(steps=2400, lr=1e-4, warmup=60), sft_data=alone), ramp=dict(sft={**chapter, "warmup": 400}, sft_data=alone),
     packed=dict(sft=chapter, sft_data=packed), packedramp=dict(sft={**chapter, "warmup": 400}, sft_data=packed), far=dict(sft=chapter, sft_data={**packed, "rows": 2, "T": 8192}))

@@ -197,8 +197,9 @@ def sft_data(
     base: dict | None = None,  # the recipe's own data
 ) -> dict:
     "The data of a kind of fine-tuning: arguments of `sft_batch`. What else the kind changes is how it trains."
-    changed = {k: v for k, v in sfts[name].items() if k not in ("rank", "rate", "qk_rate", "climb", "times")}
-    return {**(base or {}), **changed, **(dict(rows=max(1, round(sfts[name]["times"] * base["rows"]))) if base and "times" in sfts[name] else {})}
+    data = {**(base or {}), **{k: v for k, v in sfts[name].items() if k not in ("rank", "rate", "qk_rate", "climb", "times")}}
+    if base and "times" in sfts[name]: data["rows"] = max(1, round(sfts[name]["times"] * base["rows"]))
+    return data
 
 
 def finetune(
