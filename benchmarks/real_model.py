@@ -1,19 +1,18 @@
 """A real language model made a hybrid, fine-tuned, and repaired, stage by stage: `python benchmarks/real_model.py RUNS OUT [--minutes M] [--profile P] [--hybrid FOLDER] [--at-once N] [stage ...]`.
 
-Stages, in order: questions (what every model is asked), layers (which softmax layers stay), teacher (its recall and word problems), texts-N (drawn
-from it), align, distil, long (distilling on longer texts), hybrid (its recall), range (how far gradients of chains and of chat reach), data (how often each fine-tuning
-reads what it is given), soft (the
+Stages, in order: texts-N (drawn from the teacher), questions (what every model is asked), layers (which softmax layers stay), teacher (its recall and word problems), align, distil,
+long (distilling on longer texts), hybrid (its recall), data (how often each fine-tuning reads what it is given), range (how far gradients of chains and of chat reach), soft (the
 unconverted model in our classes), nope, nope-long, nope-hybrid (distil to hybrid again without RoPE in the softmax layers, as HypeNet has it); then for
 each seed sft-N, repair-N (word problems, every variant), chat-N (conversations without chains, so few that they are read six times; every variant for
-the first seed), where-0 (what these damage, layer by layer), fresh-N (more conversations, read one and a half times), repeated-N (fewer word problems,
-read seven times), mixed-N (as many of either), lora-N (word problems with an adapter), soft-N, softchat-N, softfresh-N (the same for the unconverted
-model), nope-N.
-A stage that is done is passed over; one that is interrupted goes on where its last save was; with --at-once 4 up to four stages that do not wait for
-each other run side by side, in processes of their own. RUNS holds weights and texts, OUT gets one json a stage; that of an unfinished stage says so.
+the first seed), where-0 (what these damage, layer by layer), fresh-N (more conversations, read one and a half times), soft-N, softchat-N, softfresh-N (the same three for the
+unconverted model), lora-N (word problems with an adapter), strong-N (word problems at five times the rate), repeated-N (fewer word problems,
+read seven times), mixed-N (as many of either), nope-N.
+A stage that is done is passed over; one that is interrupted goes on where its last save was. With --at-once 4 up to four stages a GPU that do not wait for
+each other run side by side, in processes of their own, on every GPU that is visible; those that make the hybrid have the first one to themselves. RUNS holds weights and texts, OUT gets one json a
+stage (that of an unfinished stage says so), and timeline.json, which says when each ran and where.
 
-Profiles: gpu (one H100 with --at-once: thirteen minutes from the teacher to the hybrid, seven more for the one without RoPE, a minute a fine-tuning when
-four run side by side, ten seconds a variant: some 95 minutes in all by these figures, in pieces of 19 and 24 minutes so far, never in one go), colab (a T4: fine-tunes and
-repairs a hybrid that --hybrid names, once; not run there), cpu (up to align in half an hour on two cores), tiny (random weights, to see that the path works)."""
+Profiles: gpu (H100s with --at-once), colab (a T4: fine-tunes and
+repairs a hybrid that --hybrid names, once), cpu (up to align in half an hour on two cores), tiny (random weights, to see that the path works)."""
 import argparse
 import fcntl
 import gc
@@ -25,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 
@@ -43,13 +43,14 @@ from qkrestore_nb.variants import variant
 GPU = dict(keep=8, layers=dict(T=512, window=64, texts=16, answers=128), texts=dict(files=2, n=8192, T=512, rows=4096), needles={512: 200, 1024: 200, 2048: 200, 4096: 100, 8192: 100},
            tokens=32768, align=dict(T=512, steps=250, lr=1e-3, warmup=20), distil=dict(T=2048, steps=1200, lr=5e-4, warmup=50), long=dict(T=8192, steps=150, lr=1e-4, warmup=10),
            recall={512: 64, 1024: 64, 2048: 64, 4096: 32, 8192: 32}, problems=20000, tasks=128, room=272, sft=dict(steps=300, T=8192, rows=2, lr=3e-4), seeds=3,
-           variants=["post", "restored", "pre", "vo", "first linear mixer", "all mixers", "MLPs", "qk of linear layers", "vo of linear layers", "LiNeS 0.8", "interpolated 0.9", "interpolated 0.75", "qk of all layers", "drift alone",
-                     "embedding and head", "q", "k", "v", "o", "noise", "pro head 1", "pro input 1", "pro head 0.1", "pro input 0.1"], where=2048, few=["post", "restored", "pre", "vo", "first linear mixer", "interpolated 0.9"])
+           variants=["post", "restored", "pre", "vo", "first linear mixer", "all mixers", "qk of linear layers", "vo of linear layers", "interpolated 0.9", "qk of all layers", "MLPs", "LiNeS 0.8", "interpolated 0.75", "drift alone",
+                     "embedding and head", "q", "k", "v", "o", "noise", "pro head 1", "pro input 1", "pro head 0.1", "pro input 0.1"], where=2048)
+GPU |= dict(some=GPU["variants"][:10], few=["post", "restored", "pre", "vo", "first linear mixer", "interpolated 0.9"])
 RECIPES = dict(gpu=GPU, colab=GPU | dict(recall={512: 32, 2048: 32}, tasks=64, sft=dict(steps=150, T=2048, rows=8, lr=3e-4), seeds=1, variants=GPU["few"]),
                cpu=GPU | dict(asked="bfloat16", recall={512: 64, 1024: 64, 2048: 64}, tasks=8, problems=64, seeds=1, texts=dict(files=1, n=64, T=256, rows=64), tokens=2048, align=GPU["align"] | dict(steps=80, warmup=8)),
                tiny=GPU | dict(keep=1, layers=dict(T=600, window=8, texts=2, answers=2), texts=dict(files=2, n=32, T=64, rows=32), needles={600: 2, 800: 2}, tokens=1800, align=dict(T=600, steps=3, lr=1e-3, warmup=1),
                                distil=dict(T=700, steps=3, lr=4e-4, warmup=1), long=dict(T=900, steps=2, lr=1e-4, warmup=1), recall={600: 1}, problems=40, tasks=4, room=16,
-                               sft=dict(steps=2, T=256, rows=2, lr=2e-4), seeds=1, variants=["pre", "post", "restored"], where=600, few=["pre", "post"]))
+                               sft=dict(steps=2, T=256, rows=2, lr=2e-4), seeds=1, variants=["pre", "post", "restored"], where=600, some=["pre", "post"], few=["pre", "post"]))
 KINDS = ("single_1", "single_2", "single_3", "multikey_1")
 
 
@@ -69,7 +70,10 @@ class Run:
     def load(self, name, **config): return AutoModelForCausalLM.from_pretrained(self.runs / name, dtype=torch.float32, **config).to(self.device)
     def half(self, model): return model.to(getattr(torch, self.recipe.get("asked", self.dtype))).eval()  # as on a GPU, where answers are meant to be compared
     def json(self, name): return json.loads((self.out / f"{name}.json").read_text())
-    def at_once(self): return dict(gpu=262144, colab=65536).get(self.machine, 4096)  # tokens
+    def at_once(self, model=None):
+        "Tokens that are read at once; few softmax layers keep little of them."
+        few = model is not None and "linear_attention" in (getattr(model.config, "layer_types", None) or [])
+        return dict(gpu=524288 if few else 262144, colab=65536).get(self.machine, 4096)
 
     def keep(self, what, file: str):
         part = self.runs / f"{file}.{os.getpid()}.part"
@@ -133,7 +137,7 @@ def asked(run, model) -> dict:
     scores = {kind: {} for kind in q["recall"]}
     for T in run.recipe["recall"]:  # all kinds together: decoding many takes as long as decoding few
         kinds, rows = zip(*((kind, (x.tolist(), n)) for kind in scores for x, n in q["recall"][kind][T]))
-        seen = list(zip(kinds, distill.spoken(model, run.tokenizer, rows, tokens=run.at_once())))
+        seen = list(zip(kinds, distill.spoken(model, run.tokenizer, rows, tokens=run.at_once(model))))
         for kind in scores: scores[kind][str(T)] = dict(correct=sum(ok for k, (ok, _) in seen if k == kind), n=kinds.count(kind), said=sum(said for k, (_, said) in seen if k == kind))
     tasks = [t for group in q["tasks"].values() for t in group]
     said = iter(solve(model, run.tokenizer, tasks, run.recipe["room"], 256))
@@ -185,7 +189,7 @@ def chats(run, kind, seed) -> Path:
     """The data of a fine-tuning: word problems with their steps (repeated: so few that they are read several times); conversations drawn from the teacher that came
     to an end (few, so they are read several times, too; fresh: those that the end of a text cut off as well, which is several times as much); or as many of either."""
     file = run.runs / f"{kind}-{seed}.jsonl"
-    if kind == "lora": return chats(run, "problems", seed)
+    if kind in ("lora", "strong"): return chats(run, "problems", seed)
     if kind == "problems" or file.exists(): return file
     if kind == "repeated":
         rows = run.runs.joinpath(f"problems-{seed}.jsonl").read_text().splitlines()
@@ -245,9 +249,16 @@ def reach(run):
 def tuned(run, base, kind, seed) -> Path:
     "The folder after fine-tuning on word problems (all weights, or an adapter that is merged afterwards) or on the teacher's own conversations."
     post, settings = run.runs / f"{base}-{kind}-{seed}", dict(seed=seed, every=100, **run.recipe["sft"])
-    with open(run.runs / f"{post.name}.lock", "w") as lock:  # another stage may need the same model
+    if kind in ("lora", "strong"): settings["lr"] *= 5
+    with _alone(post): return post if post.exists() else _tuned(run, base, kind, seed, post, settings)
+
+
+@contextmanager
+def _alone(file: Path):
+    "Others who need the same file wait until it is there."
+    with open(f"{file}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return post if post.exists() else _tuned(run, base, kind, seed, post, settings)
+        yield
 
 
 def _tuned(run, base, kind, seed, post, settings) -> Path:
@@ -258,7 +269,7 @@ def _tuned(run, base, kind, seed, post, settings) -> Path:
         return post
     from peft import PeftModel
     adapter = post.with_name(post.name + ".adapter")
-    if not adapter.exists(): finetune(run.runs / base, data, adapter, rank=16, **settings | dict(lr=5 * settings["lr"]))
+    if not adapter.exists(): finetune(run.runs / base, data, adapter, rank=16, **settings)
     run.save(PeftModel.from_pretrained(run.load(base), adapter).merge_and_unload(), post.name)
     shutil.copy(adapter / "finetune.json", post)
     return post
@@ -267,16 +278,18 @@ def _tuned(run, base, kind, seed, post, settings) -> Path:
 def before(run, base) -> dict:
     "What a model says before any fine-tuning: asked once for all pairs."
     kept = run.runs / f"{base}.scores.json"
-    if not kept.exists():
-        part = kept.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(asked(run, run.load(base))))
-        part.rename(kept)
+    with _alone(kept):
+        if not kept.exists():
+            part = kept.with_suffix(".part")
+            part.write_text(json.dumps(asked(run, run.load(base))))
+            part.rename(kept)
     return json.loads(kept.read_text())
 
 
 def repair(run, base, kind, seed, names):
     "Every variant of a pair, asked; a variant that is done is passed over."
     pre, post, model = run.load(base), run.load(tuned(run, base, kind, seed).name), run.load(base)
+    if "linear_attention" not in pre.config.layer_types: names = [n for n in names if "linear" not in n]
     a, b, kept = pre.state_dict(), post.state_dict(), run.runs / f"{base}-{kind}-{seed}.scores.json"
     scores = json.loads(kept.read_text()) if kept.exists() else {}
     for name in names:
@@ -308,7 +321,7 @@ def where(run, base, kind, seed):
         if time.monotonic() > run.until: raise SystemExit(f"time is up; the same command goes on with {name}")
         to, source = (b, a) if name.startswith("back") else (a, b)
         model.float().load_state_dict({**to, **{n: source[n] for n in these}})
-        seen = distill.spoken(run.half(model), run.tokenizer, rows, tokens=run.at_once())
+        seen = distill.spoken(run.half(model), run.tokenizer, rows, tokens=run.at_once(model))
         scores[name] = dict(single_3={str(T): dict(correct=sum(ok for ok, _ in seen), n=len(seen), said=sum(said for _, said in seen))})
         kept.write_text(json.dumps(scores))
         run.so_far(unfinished=f"{len(scores)} of {len(plan) + 2}", scores=scores)
@@ -323,46 +336,57 @@ def softened(run):
 
 def stages(run) -> dict:
     r = run.recipe
-    made = dict(questions=questions, layers=layers, teacher=lambda run: dict(scores=dict(pre=asked(run, run.teacher()))), **{f"texts-{i}": partial(texts, number=i) for i in range(r["texts"]["files"])},
+    made = dict(**{f"texts-{i}": partial(texts, number=i) for i in range(r["texts"]["files"])}, questions=questions, layers=layers, teacher=lambda run: dict(scores=dict(pre=asked(run, run.teacher()))),
                 align=lambda run: trained(run, "align", lambda t: distill.convert(t, distill.choose_layers(run.json("layers")["rows"], r["keep"])), distill.align, calibrated=True, **r["align"]),
                 distil=lambda run: trained(run, "distil", lambda t: run.load("align"), distill.distil, **r["distil"]),
                 long=lambda run: trained(run, "long", lambda t: run.load("distil"), distill.distil, **r["long"]),
-                hybrid=lambda run: dict(scores=dict(pre=before(run, "long"))), range=reach, data=data, soft=softened,
+                hybrid=lambda run: dict(scores=dict(pre=before(run, "long"))), data=data, range=reach, soft=softened,
                 nope=lambda run: trained(run, "nope", lambda t: run.load("align", attn_use_rope=False, attn_logits_scaling="hype 500"), distill.distil, **r["distil"]),
                 **{"nope-long": lambda run: trained(run, "nope-long", lambda t: run.load("nope"), distill.distil, **r["long"]), "nope-hybrid": lambda run: dict(scores=dict(pre=before(run, "nope-long")))})
-    for n in range(r["seeds"]):
-        made[f"sft-seed{n}"] = lambda run, n=n: dict(post=tuned(run, "long", "problems", n).name)
-        made[f"repair-seed{n}"] = lambda run, n=n: repair(run, "long", "problems", n, r["variants"])
-        made[f"chat-seed{n}"] = lambda run, n=n: repair(run, "long", "chat", n, r["few"] if n else r["variants"])
-        if n == 0: made["where-seed0"] = lambda run: where(run, "long", "chat", 0)
-        for name, base, kind in (("fresh", "long", "fresh"), ("repeated", "long", "repeated"), ("mixed", "long", "mixed"), ("lora", "long", "lora"), ("soft", "soft", "problems"),
-                                 ("softchat", "soft", "chat"), ("softfresh", "soft", "fresh"), ("nope", "nope-long", "problems")):
-            made[f"{name}-seed{n}"] = partial(repair, base=base, kind=kind, seed=n, names=r["few"])
+    kinds = dict(sft="long problems", repair="long problems", chat="long chat", where="long chat", fresh="long fresh", soft="soft problems", softchat="soft chat", softfresh="soft fresh",
+                 lora="long lora", strong="long strong", repeated="long repeated", mixed="long mixed", nope="nope-long problems")
+    for name, n in [(name, n) for names in (list(kinds)[:8], list(kinds)[8:]) for n in range(r["seeds"]) for name in names if not n or name != "where"]:
+        base, kind = kinds[name].split()
+        if name == "sft": made[f"sft-seed{n}"] = lambda run, n=n: dict(post=tuned(run, "long", "problems", n).name)
+        elif name == "where": made["where-seed0"] = partial(where, base=base, kind=kind, seed=0)
+        else: made[f"{name}-seed{n}"] = partial(repair, base=base, kind=kind, seed=n, names=r["few" if name not in ("repair", "chat") else "some" if n else "variants"])
     return made
 
 
 def waits_for(name: str, files: int) -> set[str]:
-    "The stages whose results a stage reads, or whose memory it could not share."
+    "The stages whose results a stage reads."
     kind, _, seed = name.partition("-seed")
     if seed: return dict(sft={"long", "questions"}, repair={f"sft-seed{seed}", "hybrid"}, soft={"soft", "questions"}, softchat={"soft", "questions", "texts-0"}, softfresh={"soft", "questions", "texts-0"}, nope={"nope-hybrid"}).get(kind, {"hybrid", "texts-0"})
     earlier = {"teacher": {"questions"}, "align": {"layers", "questions"} | {f"texts-{i}" for i in range(files)}, "distil": {"align"}, "long": {"distil"}, "hybrid": {"long", "questions"}, "range": {"long", "texts-0"}, "data": {"questions", "texts-0"},
                "nope": {"align"}, "nope-long": {"nope"}, "nope-hybrid": {"nope-long"}}
-    return earlier.get(name, {f"texts-{int(name[6:]) - 1}"} if name.startswith("texts-") and name != "texts-0" else set())
+    return earlier.get(name, set())
 
 
-def side_by_side(start, names: list[str], done, files: int, at_once: int, until: float):
-    "Start each stage, in this order, once what it waits for is done, at most so many at a time. SystemExit names what failed; what runs is waited for."
-    waiting, running, failed = [n for n in names if not done(n)], {}, []
+def fits(name: str, gpu: int, beside: list[str], path: set[str], at_once: int) -> bool:
+    "Whether a stage may start on a GPU beside those that run there: the path to the hybrid, of which `path` is still to come, has the first GPU to itself, and so have texts that are drawn theirs."
+    big = lambda n: n.startswith("texts") or n in ("align", "distil", "long")
+    if name in ("questions", "layers", "data"): return True  # next to nothing on the GPU
+    if big(name): return not beside and (gpu == 0 or name.startswith("texts"))
+    return len(beside) < at_once and not any(map(big, beside)) and not (gpu == 0 and any(map(big, path)))
+
+
+def side_by_side(start, names: list[str], done, files: int, at_once: int, until: float, gpus: int = 1) -> tuple[list[dict], list[str]]:
+    "Start each stage, in this order, once what it waits for is done, on the emptiest GPU where it fits. Returns what ran when (in seconds) and where, and what failed; after that nothing new starts, and what runs is waited for."
+    waiting, running, failed, ran, begun = [n for n in names if not done(n)], {}, [], [], time.monotonic()
+    def beside(gpu): return [n for n, (_, row) in running.items() if row["gpu"] == gpu]
     while running or waiting and not failed and time.monotonic() < until:
-        ready = [n for n in waiting if all(map(done, waits_for(n, files) & set(names)))] if not failed and time.monotonic() < until else []
-        for name in ready[:at_once - len(running)]:
+        for name in [n for n, (p, _) in running.items() if p.poll() is not None]:
+            process, row = running.pop(name)
+            ran.append(row | dict(end=round(time.monotonic() - begun, 1)))
+            if process.returncode: failed.append(name)
+        for name in [n for n in waiting if all(map(done, waits_for(n, files) & set(names)))]:
+            free = [g for g in sorted(range(gpus), key=lambda g: len(beside(g))) if fits(name, g, beside(g), {*waiting, *running}, at_once)]
+            if failed or time.monotonic() > until or not free: continue
             waiting.remove(name)
-            running[name] = start(name)
-        for name in [n for n, p in running.items() if p.poll() is not None]:
-            if running.pop(name).returncode: failed.append(name)
+            running[name] = start(name, free[0]), dict(stage=name, gpu=free[0], begin=round(time.monotonic() - begun, 1))
         time.sleep(.1)
-    if failed: raise SystemExit(f"failed: {', '.join(failed)}; what is done is kept, the same command goes on")
-    if waiting: print("time is up; the same command goes on with", waiting[0])
+    if waiting and not failed: print("time is up; the same command goes on with", waiting[0])
+    return ran, failed
 
 
 def main():
@@ -389,8 +413,15 @@ def main():
     def done(name): return (args.out / f"{name}.json").exists() and "unfinished" not in run.json(name)
 
     if args.at_once > 1:
-        def start(name): return subprocess.Popen([sys.executable, __file__, str(args.runs), str(args.out), name, "--profile", args.profile, "--minutes", str((run.until - time.monotonic()) / 60)] + ["--hybrid", str(args.hybrid)] * bool(args.hybrid))
-        return side_by_side(start, names, done, run.recipe["texts"]["files"], args.at_once, run.until)
+        visible = [x for x in os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",") if x] or [""]
+        def start(name, gpu): return subprocess.Popen([sys.executable, __file__, str(args.runs), str(args.out), name, "--profile", args.profile, "--minutes", str((run.until - time.monotonic()) / 60)] + ["--hybrid", str(args.hybrid)] * bool(args.hybrid),
+                                                      env=os.environ | dict(CUDA_VISIBLE_DEVICES=visible[gpu]))
+        then = time.perf_counter()
+        ran, failed = side_by_side(start, names, done, run.recipe["texts"]["files"], args.at_once, run.until, len(visible))
+        goes = run.json("timeline")["goes"] if (args.out / "timeline.json").exists() else []
+        if ran: record("timeline", then, goes=[*goes, dict(at_once=args.at_once, gpus=len(visible), ran=ran)])
+        if failed: raise SystemExit(f"failed: {', '.join(failed)}; what is done is kept, the same command goes on")
+        return
     for name in names:
         if done(name): continue
         if time.monotonic() > run.until: print("time is up; the same command goes on with", name); break

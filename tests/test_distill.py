@@ -205,7 +205,7 @@ def test_the_whole_path(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     results = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "out").glob("*.json")}
-    assert {"questions", "layers", "teacher", "texts-0", "texts-1", "align", "distil", "long", "hybrid", "range", "data", "soft", "sft-seed0", "repair-seed0", "chat-seed0", "where-seed0", "mixed-seed0", "fresh-seed0", "repeated-seed0", "lora-seed0", "soft-seed0", "softchat-seed0", "softfresh-seed0", "nope", "nope-long", "nope-hybrid", "nope-seed0"} == results.keys()
+    assert {"questions", "layers", "teacher", "texts-0", "texts-1", "align", "distil", "long", "hybrid", "range", "data", "soft", "sft-seed0", "repair-seed0", "chat-seed0", "where-seed0", "mixed-seed0", "fresh-seed0", "repeated-seed0", "lora-seed0", "strong-seed0", "soft-seed0", "softchat-seed0", "softfresh-seed0", "nope", "nope-long", "nope-hybrid", "nope-seed0"} == results.keys()
     for r in results.values(): assert {"seed", "config", "versions", "device", "wall_s"} <= r.keys()
     where = results["where-seed0"]["scores"]
     assert len(where) == 2 + 2 + 5 * 3 and {"alone: none", "back: none", "back: layers to 2", "alone: MLP 1", "back: mixer 0"} <= where.keys() and {c["n"] for s in where.values() for c in s["single_3"].values()} == {1}
@@ -217,37 +217,50 @@ def test_the_whole_path(tmp_path):
     (tmp_path / "out" / "soft.json").unlink(), shutil.rmtree(tmp_path / "runs" / "soft")
     beside = subprocess.run([*command, "--at-once", "2"], capture_output=True, text=True, env=env, timeout=300)
     assert beside.returncode == 0 and beside.stdout.split() == ["==", "soft:", beside.stdout.split()[2], "s"], beside.stdout + beside.stderr[-3000:]
+    (go,) = json.loads((tmp_path / "out" / "timeline.json").read_text())["goes"]
+    assert [r["stage"] for r in go["ran"]] == ["soft"] and go["at_once"] == 2
     wrong = subprocess.run([*command, "repare"], capture_output=True, text=True, env=env)
-    assert wrong.returncode == 2 and "no stage is called repare: choose from questions, layers" in wrong.stderr
+    assert wrong.returncode == 2 and "no stage is called repare: choose from texts-0, texts-1" in wrong.stderr
 
 
 def test_side_by_side(tmp_path):
-    "Every stage starts after what it waits for, the first that can comes first, never more at once than asked; after a failure nothing new starts."
+    """Every stage starts after what it waits for, the first that can comes first, never more at once on a GPU than asked; what makes the hybrid has the first GPU to itself, and texts
+    that are drawn have theirs; after a failure nothing new starts."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try: import real_model
     finally: sys.path.pop(0)
     names = list(real_model.stages(SimpleNamespace(recipe=real_model.GPU)))
-    finished, started, most = set(), [], 0
 
-    class Process:
-        def __init__(self, name): self.name, self.left, self.returncode = name, 2, None
-        def poll(self):
-            self.left -= 1
-            if self.left: return None
-            running.discard(self.name), finished.add(self.name)
-            self.returncode = int(self.name == bad)
-            return self.returncode
+    def go(gpus, bad=None):
+        finished, running, started = set(), {}, []
 
-    def start(name):
-        nonlocal most
-        assert real_model.waits_for(name, 2) <= finished
-        started.append(name), running.add(name)
-        most = max(most, len(running))
-        return Process(name)
+        class Process:
+            def __init__(self, name): self.name, self.left, self.returncode = name, 3 if name.startswith(("texts", "distil")) else 2, None
+            def poll(self):
+                self.left -= 1
+                if self.left > 0: return None
+                running.pop(self.name), finished.add(self.name)
+                self.returncode = int(self.name == bad)
+                return self.returncode
 
-    running, bad = set(), None
-    with patch("real_model.time.sleep"): real_model.side_by_side(start, names, finished.__contains__, 2, 3, float("inf"))
-    assert sorted(started) == sorted(names) and most == 3 and started[:3] == ["questions", "layers", "texts-0"]
-    finished, started, bad = set(), [], "layers"
-    with patch("real_model.time.sleep"), pytest.raises(SystemExit, match="failed: layers"): real_model.side_by_side(start, names, finished.__contains__, 2, 3, float("inf"))
-    assert set(started) < {"questions", "layers", "teacher", "texts-0", "texts-1", "data", "soft", "soft-seed0", "softchat-seed0", "softfresh-seed0"}
+        def start(name, gpu):
+            assert real_model.waits_for(name, 2) <= finished and 0 <= gpu < gpus
+            started.append(name)
+            running[name] = gpu
+            beside = [n for n, g in running.items() if g == gpu and n not in ("questions", "layers", "data")]
+            assert len(beside) <= 3 and (len(beside) < 2 or not {"align", "distil", "long", "texts-0", "texts-1"} & set(beside))
+            if gpu == 0 and not {"align", "distil", "long"} <= finished: assert name in ("questions", "layers", "data", "align", "distil", "long") or name.startswith("texts")
+            most[gpu] = max(most[gpu], len(beside))
+            return Process(name)
+
+        most = [0] * gpus
+        with patch("real_model.time.sleep"): ran, failed = real_model.side_by_side(start, names, finished.__contains__, 2, 3, float("inf"), gpus)
+        assert sorted(started) == sorted(r["stage"] for r in ran) and all(r["begin"] <= r["end"] for r in ran)
+        return started, most, failed
+
+    for gpus in (1, 2):
+        started, most, failed = go(gpus)
+        assert sorted(started) == sorted(names) and most == [3] * gpus and not failed and started[0] == "texts-0"
+        assert (started.index("texts-1") < started.index("layers")) == (gpus == 2)
+        started, _, failed = go(gpus, bad="layers")
+        assert failed == ["layers"] and not {"align", "distil", "long", "repair-seed0"} & set(started)
