@@ -11,7 +11,7 @@ A stage that is done is passed over; one that is interrupted goes on where its l
 each other run side by side, in processes of their own, on every GPU that is visible; those that make the hybrid have the first one to themselves. RUNS holds weights and texts, OUT gets one json a
 stage (that of an unfinished stage says so), and timeline.json, which says when each ran and where.
 
-Profiles: gpu (H100s with --at-once), colab (a T4: fine-tunes and
+Profiles: gpu (an hour and a half of one H100 with --at-once, by the figures of half an hour on two), colab (a T4: fine-tunes and
 repairs a hybrid that --hybrid names, once), cpu (up to align in half an hour on two cores), tiny (random weights, to see that the path works)."""
 import argparse
 import fcntl
@@ -51,7 +51,11 @@ RECIPES = dict(gpu=GPU, colab=GPU | dict(recall={512: 32, 2048: 32}, tasks=64, s
                tiny=GPU | dict(keep=1, layers=dict(T=600, window=8, texts=2, answers=2), texts=dict(files=2, n=32, T=64, rows=32), needles={600: 2, 800: 2}, tokens=1800, align=dict(T=600, steps=3, lr=1e-3, warmup=1),
                                distil=dict(T=700, steps=3, lr=4e-4, warmup=1), long=dict(T=900, steps=2, lr=1e-4, warmup=1), recall={600: 1}, problems=40, tasks=4, room=16,
                                sft=dict(steps=2, T=256, rows=2, lr=2e-4), seeds=1, variants=["pre", "post", "restored"], where=600, some=["pre", "post"], few=["pre", "post"]))
+LIGHT = ("questions", "layers", "data")  # stages that do next to nothing on the GPU
 KINDS = ("single_1", "single_2", "single_3", "multikey_1")
+
+
+class TimeIsUp(Exception): "What is done is kept, and the stage goes on another time."
 
 
 class Run:
@@ -73,7 +77,7 @@ class Run:
     def at_once(self, model=None):
         "Tokens that are read at once; few softmax layers keep little of them."
         few = model is not None and "linear_attention" in (getattr(model.config, "layer_types", None) or [])
-        return dict(gpu=524288 if few else 262144, colab=65536).get(self.machine, 4096)
+        return dict(gpu=524288 if few else 262144, colab=16384).get(self.machine, 4096)
 
     def keep(self, what, file: str):
         part = self.runs / f"{file}.{os.getpid()}.part"
@@ -294,7 +298,7 @@ def repair(run, base, kind, seed, names):
     scores = json.loads(kept.read_text()) if kept.exists() else {}
     for name in names:
         if name in scores: continue
-        if time.monotonic() > run.until: raise SystemExit(f"time is up; the same command goes on with {name}")
+        if time.monotonic() > run.until: raise TimeIsUp(name)
         if name == "pre": scores[name] = before(run, base)
         else:
             model.float().load_state_dict(variant(name, a, b, pre.config, seed))
@@ -318,7 +322,7 @@ def where(run, base, kind, seed):
     plan |= {f"{way}: {part} {i}": names(i, part) for part in ("mixer", "MLP") for way in ("back", "alone") for i in layers}
     for name, these in {"alone: none": [], "back: none": [], **plan}.items():
         if name in scores: continue
-        if time.monotonic() > run.until: raise SystemExit(f"time is up; the same command goes on with {name}")
+        if time.monotonic() > run.until: raise TimeIsUp(name)
         to, source = (b, a) if name.startswith("back") else (a, b)
         model.float().load_state_dict({**to, **{n: source[n] for n in these}})
         seen = distill.spoken(run.half(model), run.tokenizer, rows, tokens=run.at_once(model))
@@ -365,7 +369,7 @@ def waits_for(name: str, files: int) -> set[str]:
 def fits(name: str, gpu: int, beside: list[str], path: set[str], at_once: int) -> bool:
     "Whether a stage may start on a GPU beside those that run there: the path to the hybrid, of which `path` is still to come, has the first GPU to itself, and so have texts that are drawn theirs."
     big = lambda n: n.startswith("texts") or n in ("align", "distil", "long")
-    if name in ("questions", "layers", "data"): return True  # next to nothing on the GPU
+    if name in LIGHT: return True
     if big(name): return not beside and (gpu == 0 or name.startswith("texts"))
     return len(beside) < at_once and not any(map(big, beside)) and not (gpu == 0 and any(map(big, path)))
 
@@ -373,7 +377,7 @@ def fits(name: str, gpu: int, beside: list[str], path: set[str], at_once: int) -
 def side_by_side(start, names: list[str], done, files: int, at_once: int, until: float, gpus: int = 1) -> tuple[list[dict], list[str]]:
     "Start each stage, in this order, once what it waits for is done, on the emptiest GPU where it fits. Returns what ran when (in seconds) and where, and what failed; after that nothing new starts, and what runs is waited for."
     waiting, running, failed, ran, begun = [n for n in names if not done(n)], {}, [], [], time.monotonic()
-    def beside(gpu): return [n for n, (_, row) in running.items() if row["gpu"] == gpu]
+    def beside(gpu): return [n for n, (_, row) in running.items() if row["gpu"] == gpu and n not in LIGHT]
     while running or waiting and not failed and time.monotonic() < until:
         for name in [n for n, (p, _) in running.items() if p.poll() is not None]:
             process, row = running.pop(name)
@@ -384,6 +388,7 @@ def side_by_side(start, names: list[str], done, files: int, at_once: int, until:
             if failed or time.monotonic() > until or not free: continue
             waiting.remove(name)
             running[name] = start(name, free[0]), dict(stage=name, gpu=free[0], begin=round(time.monotonic() - begun, 1))
+        if not running: break  # what is left waits for something whose time was up
         time.sleep(.1)
     if waiting and not failed: print("time is up; the same command goes on with", waiting[0])
     return ran, failed
@@ -428,6 +433,7 @@ def main():
         then = time.perf_counter()
         run.so_far = partial(record, name, then)
         try: result = known[name](run)
+        except TimeIsUp as e: print(f"time is up; the same command goes on with {name}: {e}"); break
         except torch.OutOfMemoryError: raise SystemExit(f"memory ran out in stage {name}: halve tokens (a step), texts' rows or sft's T in RECIPES; what is done is kept, the same command goes on")
         record(name, then, **result)
         print(f"== {name}: {time.perf_counter() - then:.0f} s", flush=True)

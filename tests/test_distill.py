@@ -231,7 +231,7 @@ def test_side_by_side(tmp_path):
     finally: sys.path.pop(0)
     names = list(real_model.stages(SimpleNamespace(recipe=real_model.GPU)))
 
-    def go(gpus, bad=None):
+    def go(gpus, bad=None, late=None):
         finished, running, started = set(), {}, []
 
         class Process:
@@ -239,7 +239,8 @@ def test_side_by_side(tmp_path):
             def poll(self):
                 self.left -= 1
                 if self.left > 0: return None
-                running.pop(self.name), finished.add(self.name)
+                running.pop(self.name)
+                if self.name != late: finished.add(self.name)
                 self.returncode = int(self.name == bad)
                 return self.returncode
 
@@ -264,3 +265,5 @@ def test_side_by_side(tmp_path):
         assert (started.index("texts-1") < started.index("layers")) == (gpus == 2)
         started, _, failed = go(gpus, bad="layers")
         assert failed == ["layers"] and not {"align", "distil", "long", "repair-seed0"} & set(started)
+        started, _, failed = go(gpus, late="hybrid")  # no failure: what can goes on, what waits for it is left
+        assert not failed and {"sft-seed0", "nope-seed0", "softchat-seed2"} <= set(started) and not {"repair-seed0", "lora-seed0"} & set(started)
