@@ -1,18 +1,19 @@
 """A real language model made a hybrid, fine-tuned, and repaired, stage by stage: `python benchmarks/real_model.py RUNS OUT [--minutes M] [--profile P] [--hybrid FOLDER] [--at-once N] [stage ...]`.
 
-Stages, in order: texts-N (drawn from the teacher), questions (what every model is asked), layers (which softmax layers stay), teacher (its recall and word problems), align, distil,
-long (distilling on longer texts), hybrid (its recall), data (how often each fine-tuning reads what it is given), range (how far gradients of chains and of chat reach), soft (the
-unconverted model in our classes), nope, nope-long, nope-hybrid (distil to hybrid again without RoPE in the softmax layers, as HypeNet has it); then for
-each seed sft-N, repair-N (word problems, every variant), chat-N (conversations without chains, so few that they are read six times; every variant for
-the first seed), where-0 (what these damage, layer by layer), fresh-N (more conversations, read one and a half times), soft-N, softchat-N, softfresh-N (the same three for the
-unconverted model), lora-N (word problems with an adapter), strong-N (word problems at five times the rate), repeated-N (fewer word problems,
-read seven times), mixed-N (as many of either), nope-N.
-A stage that is done is passed over; one that is interrupted goes on where its last save was. With --at-once 4 up to four stages a GPU that do not wait for
-each other run side by side, in processes of their own, on every GPU that is visible; those that make the hybrid have the first one to themselves. RUNS holds weights and texts, OUT gets one json a
-stage (that of an unfinished stage says so), and timeline.json, which says when each ran and where.
+Stages, in order: texts-N (drawn from the teacher), questions (what every model is asked), layers (which softmax layers stay), teacher (its recall
+and word problems), align, distil, long (distilling on longer texts), hybrid (its recall), data (how often each fine-tuning reads what it is given),
+range (how far gradients of chains and of chat reach), soft (the unconverted model in our classes), nope, nope-long, nope-hybrid (distil to hybrid
+again without RoPE in the softmax layers, as HypeNet has it); then for each seed sft-N, repair-N (word problems, every variant), chat-N (conversations
+without chains, so few that they are read six times; every variant for the first seed), where-0 (what these damage, layer by layer), fresh-N (more
+conversations, read one and a half times), soft-N, softchat-N, softfresh-N (the same three for the unconverted model), lora-N (word problems with an
+adapter), strong-N (word problems at five times the rate), repeated-N (fewer word problems, read seven times), mixed-N (as many of either), nope-N.
 
-Profiles: gpu (an hour and a half of one H100 with --at-once, by the figures of half an hour on two), colab (a T4: fine-tunes and
-repairs a hybrid that --hybrid names, once), cpu (up to align in half an hour on two cores), tiny (random weights, to see that the path works)."""
+A stage that is done is passed over; one that is interrupted goes on where its last save was. With --at-once 4 up to four stages a GPU that do not wait
+for each other run side by side, in processes of their own, on every GPU that is visible; those that make the hybrid have the first one to themselves.
+RUNS holds weights and texts, OUT gets one json a stage (that of an unfinished stage says so), and timeline.json, which says when each ran and where.
+
+Profiles: gpu (an hour and a half of one H100 with --at-once, by the figures of half an hour on two), colab (a T4: fine-tunes and repairs a hybrid that
+--hybrid names, once), cpu (up to align in half an hour on two cores), tiny (random weights, to see that the path works)."""
 import argparse
 import fcntl
 import gc

@@ -191,10 +191,11 @@ def windowed(
 
 
 def _groups(lengths: list[int], tokens: int) -> list[list[int]]:
-    "Rows that are read at once, by number; the longest first, since it says how wide a group is."
+    "Rows that are read at once, by number; the longest first, since it says how wide a group is, and none that is much shorter, since it would be padded or stepped through."
     groups: list = [[]]
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if groups[-1] and (len(groups[-1]) + 1) * lengths[groups[-1][0]] > tokens: groups.append([])
+        longest = lengths[groups[-1][0]] if groups[-1] else 0
+        if (len(groups[-1]) + 1) * longest > tokens or lengths[i] < .8 * longest: groups.append([])
         groups[-1].append(i)
     return [g for g in groups if g]
 

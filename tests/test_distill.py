@@ -195,6 +195,18 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_rows_of_a_group_are_of_one_length():
+    "Every row in one group, none over the limit of tokens but alone, none much shorter than its neighbours."
+    lengths = [512, 500, 1024, 8192, 1000, 510, 1020, 90, 90]
+    for tokens in (1, 2048, 10 ** 6):
+        groups = d._groups(lengths, tokens)
+        assert sorted(i for g in groups for i in g) == list(range(len(lengths)))
+        for g in groups:
+            assert len(g) == 1 or len(g) * max(lengths[i] for i in g) <= tokens
+            assert min(lengths[i] for i in g) >= .8 * max(lengths[i] for i in g)
+    assert [len(g) for g in groups] == [1, 3, 3, 2] and d._groups([], 5) == []
+
+
 def test_the_whole_path(tmp_path):
     "Every stage of benchmarks/real_model.py on a tiny teacher, stopped after the first minute's budget of nothing and gone on with; then from its hybrid."
     pytest.importorskip("reasoning_gym")
