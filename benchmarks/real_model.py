@@ -6,7 +6,7 @@ range (how far gradients of chains and of chat reach), soft (the unconverted mod
 again without RoPE in the softmax layers, as HypeNet has it); then for each seed sft-N, repair-N (word problems, every variant), chat-N (conversations
 without chains, so few that they are read six times; every variant for the first seed), where-0 (what these damage, layer by layer), fresh-N (more
 conversations, read one and a half times), soft-N, softchat-N, softfresh-N (the same three for the unconverted model), lora-N (word problems with an
-adapter), strong-N (word problems at five times the rate), repeated-N (fewer word problems, read seven times), mixed-N (as many of either), nope-N.
+adapter), strong-N (word problems at five times the rate); and once repeated-0 (fewer word problems, read seven times), mixed-0 (as many of either), nope-0.
 
 A stage that is done is passed over; one that is interrupted goes on where its last save was. With --at-once 4 up to four stages a GPU that do not wait
 for each other run side by side, in processes of their own, on every GPU that is visible; those that make the hybrid have the first one to themselves.
@@ -348,12 +348,13 @@ def stages(run) -> dict:
                 hybrid=lambda run: dict(scores=dict(pre=before(run, "long"))), data=data, range=reach, soft=softened,
                 nope=lambda run: trained(run, "nope", lambda t: run.load("align", attn_use_rope=False, attn_logits_scaling="hype 500"), distill.distil, **r["distil"]),
                 **{"nope-long": lambda run: trained(run, "nope-long", lambda t: run.load("nope"), distill.distil, **r["long"]), "nope-hybrid": lambda run: dict(scores=dict(pre=before(run, "nope-long")))})
-    kinds = dict(sft="long problems", repair="long problems", chat="long chat", where="long chat", fresh="long fresh", soft="soft problems", softchat="soft chat", softfresh="soft fresh",
-                 lora="long lora", strong="long strong", repeated="long repeated", mixed="long mixed", nope="nope-long problems")
-    for name, n in [(name, n) for names in (list(kinds)[:8], list(kinds)[8:]) for n in range(r["seeds"]) for name in names if not n or name != "where"]:
-        base, kind = kinds[name].split()
+    first = dict(sft="long problems", repair="long problems", chat="long chat", where="long chat", fresh="long fresh", soft="soft problems", softchat="soft chat", softfresh="soft fresh")
+    then = dict(lora="long lora", strong="long strong", repeated="long repeated", mixed="long mixed", nope="nope-long problems")
+    once = ("where", "repeated", "mixed", "nope")
+    for name, n in [(name, n) for kinds in (first, then) for n in range(r["seeds"]) for name in kinds if not n or name not in once]:
+        base, kind = (first | then)[name].split()
         if name == "sft": made[f"sft-seed{n}"] = lambda run, n=n: dict(post=tuned(run, "long", "problems", n).name)
-        elif name == "where": made["where-seed0"] = partial(where, base=base, kind=kind, seed=0)
+        elif name == "where": made[f"where-seed{n}"] = partial(where, base=base, kind=kind, seed=n)
         else: made[f"{name}-seed{n}"] = partial(repair, base=base, kind=kind, seed=n, names=r["few" if name not in ("repair", "chat") else "some" if n else "variants"])
     return made
 
