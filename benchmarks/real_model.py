@@ -59,6 +59,9 @@ KINDS = ("single_1", "single_2", "single_3", "multikey_1")
 class TimeIsUp(Exception): "What is done is kept, and the stage goes on another time."
 
 
+def is_hybrid(config) -> bool: return "linear_attention" in (getattr(config, "layer_types", None) or [])
+
+
 class Run:
     "Where things lie, the recipe, and the machine."
     def __init__(self, runs: Path, out: Path, profile: str, hybrid: Path | None):
@@ -75,10 +78,9 @@ class Run:
     def load(self, name, **config): return AutoModelForCausalLM.from_pretrained(self.runs / name, dtype=torch.float32, **config).to(self.device)
     def half(self, model): return model.to(getattr(torch, self.recipe.get("asked", self.dtype))).eval()  # as on a GPU, where answers are meant to be compared
     def json(self, name): return json.loads((self.out / f"{name}.json").read_text())
-    def at_once(self, model=None):
-        "Tokens that are read at once; few softmax layers keep little of them."
-        few = model is not None and "linear_attention" in (getattr(model.config, "layer_types", None) or [])
-        return dict(gpu=524288 if few else 262144, colab=16384).get(self.machine, 4096)
+    def at_once(self, model):
+        "Tokens that are read at once; a hybrid keeps little of them."
+        return dict(gpu=524288 if is_hybrid(model.config) else 262144, colab=16384).get(self.machine, 4096)
 
     def keep(self, what, file: str):
         part = self.runs / f"{file}.{os.getpid()}.part"
@@ -133,7 +135,7 @@ def layers(run):
     answers = [x for kind in ("single_2", "multikey_1") for x in distill.answer_rows(run.tokenizer, kind, r["T"], r["answers"] // 2, seed=200)]
     teacher = run.teacher()
     if run.device == "cuda": teacher = run.half(teacher)
-    return dict(rows=distill.layer_values(teacher, [ids[i * step:i * step + r["T"]] for i in range(r["texts"])], answers, r["window"], run.at_once(), lambda text: print(text, flush=True)))
+    return dict(rows=distill.layer_values(teacher, [ids[i * step:i * step + r["T"]] for i in range(r["texts"])], answers, r["window"], run.at_once(teacher), lambda text: print(text, flush=True)))
 
 
 def asked(run, model) -> dict:
@@ -294,7 +296,7 @@ def before(run, base) -> dict:
 def repair(run, base, kind, seed, names):
     "Every variant of a pair, asked; a variant that is done is passed over."
     pre, post, model = run.load(base), run.load(tuned(run, base, kind, seed).name), run.load(base)
-    if "linear_attention" not in pre.config.layer_types: names = [n for n in names if "linear" not in n]
+    if not is_hybrid(pre.config): names = [n for n in names if "linear" not in n]
     a, b, kept = pre.state_dict(), post.state_dict(), run.runs / f"{base}-{kind}-{seed}.scores.json"
     scores = json.loads(kept.read_text()) if kept.exists() else {}
     for name in names:
