@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['convert', 'watched', 'calibrate', 'layer_errors', 'align', 'distance', 'distil', 'windowed', 'answered',
-           'layer_values', 'choose_layers', 'samples', 'answer_rows', 'text_batch', 'spoken', 'smollm2', 'sound',
-           'word_problems']
+           'layer_values', 'choose_layers', 'samples', 'answer_rows', 'text_batch', 'spoken', 'heard', 'smollm2',
+           'sound', 'word_problems']
 
 # %% ../nbs/12_real_model.ipynb #42343a46
 import re
@@ -328,6 +328,13 @@ def spoken(
             answer = rows[i][0][-rows[i][1]:]
             out[i] = said[:len(answer)] == answer, score(tokenizer.decode(said, skip_special_tokens=True), [tokenizer.decode(answer).strip()]) == 1
     return [out[i] for i in range(len(rows))]
+
+# %% ../nbs/12_real_model.ipynb #12f00002
+def heard(
+    run: dict,  # a record of results: variant -> test -> length -> counts, in "scores"
+) -> dict:
+    "The same record, right if the answer is said at all; counts that do not say so stay as they are."
+    return dict(run, scores={v: {test: {T: dict(c, correct=c.get("said", c["correct"])) for T, c in by.items()} for test, by in s.items()} for v, s in run["scores"].items()})
 
 # %% ../nbs/12_real_model.ipynb #d91d25cf
 def smollm2(
