@@ -38,6 +38,7 @@ from qkrestore_nb.audit import solve
 from qkrestore_nb.core import pick_profile, provenance
 from qkrestore_nb.diagnostics import autocorrelation, fit_decay, gradient_range
 from qkrestore_nb.finetune import encode_chat, finetune
+from qkrestore_nb.hypenet import compile_layers
 from qkrestore_nb.prose import local_text
 from qkrestore_nb.variants import variant
 
@@ -76,6 +77,9 @@ class Run:
 
     def teacher(self): return AutoModelForCausalLM.from_pretrained(self.pre, dtype=torch.float32).to(self.device).eval().requires_grad_(False)
     def load(self, name, **config): return AutoModelForCausalLM.from_pretrained(self.runs / name, dtype=torch.float32, **config).to(self.device)
+    def to_ask(self, name):
+        "A model that will be asked a lot: on a large GPU compiled, since reading is mostly passes over memory there."
+        return compile_layers(self.load(name)) if self.machine == "gpu" else self.load(name)
     def half(self, model): return model.to(getattr(torch, self.recipe.get("asked", self.dtype))).eval()  # as on a GPU, where answers are meant to be compared
     def json(self, name): return json.loads((self.out / f"{name}.json").read_text())
     def at_once(self, model):
@@ -288,14 +292,14 @@ def before(run, base) -> dict:
     with _alone(kept):
         if not kept.exists():
             part = kept.with_suffix(".part")
-            part.write_text(json.dumps(asked(run, run.load(base))))
+            part.write_text(json.dumps(asked(run, run.to_ask(base))))
             part.rename(kept)
     return json.loads(kept.read_text())
 
 
 def repair(run, base, kind, seed, names):
     "Every variant of a pair, asked; a variant that is done is passed over."
-    pre, post, model = run.load(base), run.load(tuned(run, base, kind, seed).name), run.load(base)
+    pre, post, model = run.load(base), run.load(tuned(run, base, kind, seed).name), run.to_ask(base)
     if not is_hybrid(pre.config): names = [n for n in names if "linear" not in n]
     a, b, kept = pre.state_dict(), post.state_dict(), run.runs / f"{base}-{kind}-{seed}.scores.json"
     scores = json.loads(kept.read_text()) if kept.exists() else {}
@@ -315,7 +319,7 @@ def repair(run, base, kind, seed, names):
 
 def where(run, base, kind, seed):
     "Uuids of one length said by a fine-tuned model with parts of it from before, and by the model before with parts of the fine-tuned one: layer by layer."
-    pre, post, model = run.load(base), run.load(tuned(run, base, kind, seed).name), run.load(base)
+    pre, post, model = run.load(base), run.load(tuned(run, base, kind, seed).name), run.to_ask(base)
     a, b, T, kept = pre.state_dict(), post.state_dict(), run.recipe["where"], run.runs / f"{base}-{kind}-{seed}.where.json"
     scores, rows = json.loads(kept.read_text()) if kept.exists() else {}, [(x.tolist(), n) for x, n in _asked(run)["recall"]["single_3"][T]]
     def names(i, *parts): return [n for n in a if f".layers.{i}." in n and ("MLP" if "mlp" in n or "post_attention" in n else "mixer") in parts]
