@@ -3,10 +3,11 @@
 Stages, in order: texts-N (drawn from the teacher), questions (what every model is asked), layers (which softmax layers stay), teacher (its recall
 and word problems), align, distil, long (distilling on longer texts), hybrid (its recall), data (how often each fine-tuning reads what it is given),
 range (how far gradients of chains and of chat reach), soft (the unconverted model in our classes), nope, nope-long, nope-hybrid (distil to hybrid
-again without RoPE in the softmax layers, as HypeNet has it); then for each seed sft-N, repair-N (word problems, every variant), chat-N (conversations
-without chains, so few that they are read six times; every variant for the first seed), where-0 (what these damage, layer by layer), fresh-N (more
-conversations, read one and a half times), soft-N, softchat-N, softfresh-N (the same three for the unconverted model), lora-N (word problems with an
-adapter), strong-N (word problems at five times the rate); and once repeated-0 (fewer word problems, read seven times), mixed-0 (as many of either), nope-0.
+again without RoPE in the softmax layers, as HypeNet has it); then for each seed sft-N, strong-N (word problems at five times the rate, which damages;
+every variant for the first seed), repair-N (word problems), chat-N (conversations without chains, so few that they are read six times; every variant for
+the first seed), soft-N, softstrong-N (word problems at either rate, for the unconverted model), lora-N (word problems with an adapter); and once
+wherestrong-0 and where-0 (what strong and chat damage, layer by layer), softchat-0, fresh-0 and softfresh-0 (more conversations, read one and a half times),
+nope-0 and nopestrong-0 (word problems at either rate), repeated-0 (fewer word problems, read seven times).
 
 A stage that is done is passed over; one that is interrupted goes on where its last save was. With --at-once 4 up to four stages a GPU that do not wait
 for each other run side by side, in processes of their own, on every GPU that is visible; those that make the hybrid have the first one to themselves.
@@ -142,8 +143,8 @@ def layers(run):
     return dict(rows=distill.layer_values(teacher, [ids[i * step:i * step + r["T"]] for i in range(r["texts"])], answers, r["window"], run.at_once(teacher), lambda text: print(text, flush=True)))
 
 
-def asked(run, model) -> dict:
-    "test -> length or kind -> {correct, n}: needles by whether the answer comes at once (correct) or at all (said), word problems by what is said last."
+def asked(run, model) -> tuple[dict, dict]:
+    "What a model scores, and its words: test -> length or kind -> {correct, n}: needles by whether the answer comes at once (correct) or at all (said), word problems by what is said last; kind -> what it said to two questions of each kind."
     model, q = run.half(model), _asked(run)
     scores = {kind: {} for kind in q["recall"]}
     for T in run.recipe["recall"]:  # all kinds together: decoding many takes as long as decoding few
@@ -153,7 +154,18 @@ def asked(run, model) -> dict:
     tasks = [t for group in q["tasks"].values() for t in group]
     said = iter(solve(model, run.tokenizer, tasks, run.recipe["room"], 256))
     scores["problems"] = {name: dict(correct=sum(next(said)[0] for _ in group), n=len(group)) for name, group in q["tasks"].items()}
-    return scores
+    return scores, {kind: told(run, model, [(x.tolist(), n) for x, n in by[min(by)][:2]]) for kind, by in q["recall"].items()}
+
+
+def told(run, model, rows) -> list[dict]:
+    "The answers that were asked for, and the words that came."
+    said = distill.greedy(model, [x[:-n] for x, n in rows], 64, distill.text_ends(model, run.tokenizer))
+    return [dict(answer=run.tokenizer.decode(x[-n:]).strip(), said=run.tokenizer.decode(words)) for (x, n), words in zip(rows, said)]
+
+
+def scored(**variants) -> dict:
+    "What `asked` found of each variant, as records keep it."
+    return dict(scores={name: scores for name, (scores, _) in variants.items()}, words={name: words for name, (_, words) in variants.items()})
 
 
 def texts(run, number):
@@ -197,19 +209,14 @@ def trained(run, stage, source, teach, T, calibrated=False, **settings):
 
 
 def chats(run, kind, seed) -> Path:
-    """The data of a fine-tuning: word problems with their steps (repeated: so few that they are read several times); conversations drawn from the teacher that came
-    to an end (few, so they are read several times, too; fresh: those that the end of a text cut off as well, which is several times as much); or as many of either."""
+    """The data of a fine-tuning: word problems with their steps (repeated: so few that they are read several times); or conversations drawn from the teacher that came
+    to an end (few, so they are read several times, too; fresh: those that the end of a text cut off as well, which is several times as much)."""
     file = run.runs / f"{kind}-{seed}.jsonl"
     if kind in ("lora", "strong"): return chats(run, "problems", seed)
     if kind == "problems" or file.exists(): return file
     if kind == "repeated":
         rows = run.runs.joinpath(f"problems-{seed}.jsonl").read_text().splitlines()
         _lines(file, [json.loads(x) for x in rows[:len(rows) // 6]])
-        return file
-    if kind == "mixed":
-        both = [[json.loads(x) for x in chats(run, k, seed).read_text().splitlines()] for k in ("problems", "chat")]
-        rows = [r for pair in zip(*both) for r in pair]
-        _lines(file, rows)
         return file
     render = lambda *said: run.tokenizer.apply_chat_template([dict(role=role, content=c) for role, c in zip(("user", "assistant", "user"), said)], tokenize=False)
     _, turn, between, _ = re.split("[\0\1\2]", render("\0", "\1", "\2"))
@@ -228,7 +235,7 @@ def chats(run, kind, seed) -> Path:
 def data(run) -> dict:
     "How much there is to read for each kind of fine-tuning, and how often its steps go through it."
     out, sft = {}, run.recipe["sft"]
-    for kind in ("problems", "repeated", "chat", "fresh", "mixed"):
+    for kind in ("problems", "repeated", "chat", "fresh"):
         rows = [json.loads(x) for x in chats(run, kind, 0).read_text().splitlines()]
         tokens = sum(len(encode_chat(run.tokenizer, [dict(role="user", content=x["prompt"]), dict(role="assistant", content=x["completion"])])[0]) for x in rows)
         out[kind] = dict(rows=len(rows), tokens=tokens, times_read=round(sft["steps"] * sft["T"] * sft["rows"] / tokens, 2))
@@ -286,7 +293,7 @@ def _tuned(run, base, kind, seed, post, settings) -> Path:
     return post
 
 
-def before(run, base) -> dict:
+def before(run, base) -> list:
     "What a model says before any fine-tuning: asked once for all pairs."
     kept = run.runs / f"{base}.scores.json"
     with _alone(kept):
@@ -302,19 +309,19 @@ def repair(run, base, kind, seed, names):
     pre, post, model = run.load(base), run.load(tuned(run, base, kind, seed).name), run.to_ask(base)
     if not is_hybrid(pre.config): names = [n for n in names if "linear" not in n]
     a, b, kept = pre.state_dict(), post.state_dict(), run.runs / f"{base}-{kind}-{seed}.scores.json"
-    scores = json.loads(kept.read_text()) if kept.exists() else {}
+    seen = json.loads(kept.read_text()) if kept.exists() else {}
     for name in names:
-        if name in scores: continue
+        if name in seen: continue
         if time.monotonic() > run.until: raise TimeIsUp(name)
-        if name == "pre": scores[name] = before(run, base)
+        if name == "pre": seen[name] = before(run, base)
         else:
             model.float().load_state_dict(variant(name, a, b, pre.config, seed))
-            scores[name] = asked(run, model)
-        kept.write_text(json.dumps(scores))
-        run.so_far(unfinished=f"{len(scores)} of {len(names)} variants", scores=scores)
-        print(f"{base}-{kind}-{seed}", name, {k: " ".join(f"{c['correct']}/{c['n']}" for c in s.values()) for k, s in scores[name].items()}, flush=True)
-    told = json.loads((run.runs / f"{base}-{kind}-{seed}" / "finetune.json").read_text())
-    return dict(scores=scores, peak_gpu_gb=told["peak_gpu_gb"], log=told["log"][::10] + told["log"][-1:])
+            seen[name] = asked(run, model)
+        kept.write_text(json.dumps(seen))
+        run.so_far(unfinished=f"{len(seen)} of {len(names)} variants", **scored(**seen))
+        print(f"{base}-{kind}-{seed}", name, {k: " ".join(f"{c.get('said', c['correct'])}/{c['n']}" for c in s.values()) for k, s in seen[name][0].items()}, flush=True)
+    tuned_as = json.loads((run.runs / f"{base}-{kind}-{seed}" / "finetune.json").read_text())
+    return dict(**scored(**seen), peak_gpu_gb=tuned_as["peak_gpu_gb"], log=tuned_as["log"][::10] + tuned_as["log"][-1:])
 
 
 def where(run, base, kind, seed):
@@ -347,28 +354,28 @@ def softened(run):
 
 def stages(run) -> dict:
     r = run.recipe
-    made = dict(**{f"texts-{i}": partial(texts, number=i) for i in range(r["texts"]["files"])}, questions=questions, layers=layers, teacher=lambda run: dict(scores=dict(pre=asked(run, run.teacher()))),
+    made = dict(**{f"texts-{i}": partial(texts, number=i) for i in range(r["texts"]["files"])}, questions=questions, layers=layers, teacher=lambda run: scored(pre=asked(run, run.teacher())),
                 align=lambda run: trained(run, "align", lambda t: distill.convert(t, distill.choose_layers(run.json("layers")["rows"], r["keep"])), distill.align, calibrated=True, **r["align"]),
                 distil=lambda run: trained(run, "distil", lambda t: run.load("align"), distill.distil, **r["distil"]),
                 long=lambda run: trained(run, "long", lambda t: run.load("distil"), distill.distil, **r["long"]),
-                hybrid=lambda run: dict(scores=dict(pre=before(run, "long"))), data=data, range=reach, soft=softened,
+                hybrid=lambda run: scored(pre=before(run, "long")), data=data, range=reach, soft=softened,
                 nope=lambda run: trained(run, "nope", lambda t: run.load("align", attn_use_rope=False, attn_logits_scaling="hype 500"), distill.distil, **r["distil"]),
-                **{"nope-long": lambda run: trained(run, "nope-long", lambda t: run.load("nope"), distill.distil, **r["long"]), "nope-hybrid": lambda run: dict(scores=dict(pre=before(run, "nope-long")))})
-    first = dict(sft="long problems", repair="long problems", chat="long chat", where="long chat", fresh="long fresh", soft="soft problems", softchat="soft chat", softfresh="soft fresh")
-    then = dict(lora="long lora", strong="long strong", repeated="long repeated", mixed="long mixed", nope="nope-long problems")
-    once = ("where", "repeated", "mixed", "nope")
-    for name, n in [(name, n) for kinds in (first, then) for n in range(r["seeds"]) for name in kinds if not n or name not in once]:
-        base, kind = (first | then)[name].split()
+                **{"nope-long": lambda run: trained(run, "nope-long", lambda t: run.load("nope"), distill.distil, **r["long"]), "nope-hybrid": lambda run: scored(pre=before(run, "nope-long"))})
+    first = dict(sft="long problems", strong="long strong", wherestrong="long strong", repair="long problems", chat="long chat", softstrong="soft strong", soft="soft problems", lora="long lora")
+    once = dict(nope="nope-long problems", nopestrong="nope-long strong", where="long chat", fresh="long fresh", softchat="soft chat", softfresh="soft fresh", repeated="long repeated")
+    def names(kind, n): return r["some" if n or kind == "repair" else "variants"] if kind in ("strong", "repair", "chat") else r["few"]
+    for name, n in [(name, n) for n in range(r["seeds"]) for name in first if not n or name != "wherestrong"] + [(name, 0) for name in once]:
+        base, kind = (first | once)[name].split()
         if name == "sft": made[f"sft-seed{n}"] = lambda run, n=n: dict(post=tuned(run, "long", "problems", n).name)
-        elif name == "where": made[f"where-seed{n}"] = partial(where, base=base, kind=kind, seed=n)
-        else: made[f"{name}-seed{n}"] = partial(repair, base=base, kind=kind, seed=n, names=r["few" if name not in ("repair", "chat") else "some" if n else "variants"])
+        elif name.startswith("where"): made[f"{name}-seed{n}"] = partial(where, base=base, kind=kind, seed=n)
+        else: made[f"{name}-seed{n}"] = partial(repair, base=base, kind=kind, seed=n, names=names(name, n))
     return made
 
 
 def waits_for(name: str, files: int) -> set[str]:
     "The stages whose results a stage reads."
     kind, _, seed = name.partition("-seed")
-    if seed: return dict(sft={"long", "questions"}, repair={f"sft-seed{seed}", "hybrid"}, soft={"soft", "questions"}, softchat={"soft", "questions", "texts-0"}, softfresh={"soft", "questions", "texts-0"}, nope={"nope-hybrid"}).get(kind, {"hybrid", "texts-0"})
+    if seed: return dict(sft={"long", "questions"}, repair={f"sft-seed{seed}", "hybrid"}, nope={"nope-hybrid"}, nopestrong={"nope-hybrid"}, **{f"soft{x}": {"soft", "questions", "texts-0"} for x in ("", "strong", "chat", "fresh")}).get(kind, {"hybrid", "texts-0"})
     earlier = {"teacher": {"questions"}, "align": {"layers", "questions"} | {f"texts-{i}" for i in range(files)}, "distil": {"align"}, "long": {"distil"}, "hybrid": {"long", "questions"}, "range": {"long", "texts-0"}, "data": {"questions", "texts-0"},
                "nope": {"align"}, "nope-long": {"nope"}, "nope-hybrid": {"nope-long"}}
     return earlier.get(name, set())
