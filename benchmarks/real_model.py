@@ -14,7 +14,8 @@ for each other run side by side, in processes of their own, on every GPU that is
 RUNS holds weights and texts, OUT gets one json a stage (that of an unfinished stage says so), and timeline.json, which says when each ran and where.
 
 Profiles: gpu (an hour and a half of one H100 with --at-once, by the figures of half an hour on two), colab (a T4: fine-tunes and repairs a hybrid that
---hybrid names, once), cpu (up to align in half an hour on two cores), tiny (random weights, to see that the path works)."""
+--hybrid names, once), small (two cores, an hour and a half: the stages questions and strong-seed0, from a hybrid, with 200,000 tokens), cpu (up to align in
+half an hour on two cores), tiny (random weights, to see that the path works)."""
 import argparse
 import fcntl
 import gc
@@ -50,6 +51,8 @@ GPU = dict(keep=8, layers=dict(T=512, window=64, texts=16, answers=128), texts=d
                      "embedding and head", "q", "k", "v", "o", "noise", "pro head 1", "pro input 1", "pro head 0.1", "pro input 0.1"], where=2048)
 GPU |= dict(some=GPU["variants"][:10], few=["post", "restored", "pre", "vo", "first linear mixer", "interpolated 0.9"])
 RECIPES = dict(gpu=GPU, colab=GPU | dict(recall={512: 32, 2048: 32}, tasks=64, sft=dict(steps=150, T=2048, rows=8, lr=3e-4), seeds=1, variants=GPU["few"]),
+               small=GPU | dict(recall={512: 24}, tasks=2, problems=4000, seeds=1, sft=dict(steps=100, T=2048, rows=1, lr=3e-4),
+                                variants=["post", "pre", "restored", "vo", "all mixers", "qk of linear layers", "vo of linear layers", "MLPs", "interpolated 0.9", "first linear mixer", "embedding and head"]),
                cpu=GPU | dict(asked="bfloat16", recall={512: 64, 1024: 64, 2048: 64}, tasks=8, problems=64, seeds=1, texts=dict(files=1, n=64, T=256, rows=64), tokens=2048, align=GPU["align"] | dict(steps=80, warmup=8)),
                tiny=GPU | dict(keep=1, layers=dict(T=600, window=8, texts=2, answers=2), texts=dict(files=2, n=32, T=64, rows=32), needles={600: 2, 800: 2}, tokens=1800, align=dict(T=600, steps=3, lr=1e-3, warmup=1),
                                distil=dict(T=700, steps=3, lr=4e-4, warmup=1), long=dict(T=900, steps=2, lr=1e-4, warmup=1), recall={600: 1}, problems=40, tasks=4, room=16,
@@ -144,7 +147,7 @@ def layers(run):
 
 
 def asked(run, model) -> tuple[dict, dict]:
-    "What a model scores, and its words: test -> length or kind -> {correct, n}: needles by whether the answer comes at once (correct) or at all (said), word problems by what is said last; kind -> what it said to two questions of each kind."
+    "What a model scores, and its words: test -> length or kind -> {correct, n}: needles by whether the answer comes at once (correct) or at all (said), word problems by what is said last, and how much of the shortest texts' uuids is copied from its beginning (copied); kind -> words said to two questions."
     model, q = run.half(model), _asked(run)
     scores = {kind: {} for kind in q["recall"]}
     for T in run.recipe["recall"]:  # all kinds together: decoding many takes as long as decoding few
@@ -154,13 +157,20 @@ def asked(run, model) -> tuple[dict, dict]:
     tasks = [t for group in q["tasks"].values() for t in group]
     said = iter(solve(model, run.tokenizer, tasks, run.recipe["room"], 256))
     scores["problems"] = {name: dict(correct=sum(next(said)[0] for _ in group), n=len(group)) for name, group in q["tasks"].items()}
-    return scores, {kind: told(run, model, [(x.tolist(), n) for x, n in by[min(by)][:2]]) for kind, by in q["recall"].items()}
+    words = {kind: told(run, model, [(x.tolist(), n) for x, n in by[min(by)][:None if kind == "single_3" else 2]]) for kind, by in q["recall"].items()}
+    scores["single_3"][str(min(run.recipe["recall"]))]["copied"] = sum(map(copied, words["single_3"]))
+    return scores, {kind: said[:2] for kind, said in words.items()}
 
 
 def told(run, model, rows) -> list[dict]:
     "The answers that were asked for, and the words that came."
     said = distill.greedy(model, [x[:-n] for x, n in rows], 64, distill.text_ends(model, run.tokenizer))
     return [dict(answer=run.tokenizer.decode(x[-n:]).strip(), said=run.tokenizer.decode(words)) for (x, n), words in zip(rows, said)]
+
+
+def copied(words: dict) -> float:
+    "The share of an answer that is said, from its beginning on: a uuid that is found but not copied to its end."
+    return next(n for n in range(len(words["answer"]), -1, -1) if words["answer"][:n] in words["said"]) / len(words["answer"])
 
 
 def scored(**variants) -> dict:

@@ -224,6 +224,7 @@ def test_the_whole_path(tmp_path):
     assert set(results["repair-seed0"]["scores"]) == {"pre", "post"} and set(results["strong-seed0"]["scores"]) == {"pre", "post", "restored"} and not list((tmp_path / "runs").glob("*.part"))
     words = results["strong-seed0"]["words"]["post"]
     assert set(words) == {"single_1", "single_2", "single_3", "multikey_1"} and all(w["answer"] and isinstance(w["said"], str) for said in words.values() for w in said)
+    assert all(0 <= r["single_3"]["600"]["copied"] <= 1 for r in results["strong-seed0"]["scores"].values())
     again = subprocess.run([*script, str(tmp_path / "runs2"), str(tmp_path / "out2"), "--profile", "tiny", "--hybrid", str(tmp_path / "runs" / "long")], capture_output=True, text=True, env=env, timeout=300)
     assert again.returncode == 0, again.stderr[-3000:]
     assert json.loads((tmp_path / "out2" / "hybrid.json").read_text())["scores"] == results["hybrid"]["scores"]
