@@ -48,7 +48,7 @@ GPU = dict(keep=8, layers=dict(T=512, window=64, texts=16, answers=128), texts=d
            tokens=32768, align=dict(T=512, steps=250, lr=1e-3, warmup=20), distil=dict(T=2048, steps=1200, lr=5e-4, warmup=50), long=dict(T=8192, steps=150, lr=1e-4, warmup=10),
            recall={512: 64, 1024: 64, 2048: 64, 4096: 32, 8192: 32}, problems=20000, tasks=128, room=272, sft=dict(steps=300, T=8192, rows=2, lr=3e-4), seeds=3,
            variants=["post", "restored", "pre", "vo", "first linear mixer", "all mixers", "qk of linear layers", "vo of linear layers", "interpolated 0.9", "qk of all layers", "MLPs", "LiNeS 0.8", "interpolated 0.75", "drift alone",
-                     "embedding and head", "q", "k", "v", "o", "noise", "pro head 1", "pro input 1", "pro head 0.1", "pro input 0.1"], where=2048)
+                     "embedding and head", "q", "k", "v", "o", "noise", "pro head 1", "pro input 1", "pro head 0.1", "pro input 0.1"], where=dict(chat=dict(single_3=2048), strong=dict(multikey_1=512, single_2=4096)))
 GPU |= dict(some=GPU["variants"][:10], few=["post", "restored", "pre", "vo", "first linear mixer", "interpolated 0.9"])
 RECIPES = dict(gpu=GPU, colab=GPU | dict(recall={512: 32, 2048: 32}, tasks=64, sft=dict(steps=150, T=2048, rows=8, lr=3e-4), seeds=1, variants=GPU["few"]),
                small=GPU | dict(recall={512: 24}, tasks=2, problems=4000, seeds=1, sft=dict(steps=100, T=2048, rows=1, lr=3e-4),
@@ -56,7 +56,7 @@ RECIPES = dict(gpu=GPU, colab=GPU | dict(recall={512: 32, 2048: 32}, tasks=64, s
                cpu=GPU | dict(asked="bfloat16", recall={512: 64, 1024: 64, 2048: 64}, tasks=8, problems=64, seeds=1, texts=dict(files=1, n=64, T=256, rows=64), tokens=2048, align=GPU["align"] | dict(steps=80, warmup=8)),
                tiny=GPU | dict(keep=1, layers=dict(T=600, window=8, texts=2, answers=2), texts=dict(files=2, n=32, T=64, rows=32), needles={600: 2, 800: 2}, tokens=1800, align=dict(T=600, steps=3, lr=1e-3, warmup=1),
                                distil=dict(T=700, steps=3, lr=4e-4, warmup=1), long=dict(T=900, steps=2, lr=1e-4, warmup=1), recall={600: 1}, problems=40, tasks=4, room=16,
-                               sft=dict(steps=2, T=256, rows=2, lr=2e-4), seeds=1, variants=["pre", "post", "restored"], where=600, some=["pre", "post"], few=["pre", "post"]))
+                               sft=dict(steps=2, T=256, rows=2, lr=2e-4), seeds=1, variants=["pre", "post", "restored"], where=dict(chat=dict(single_3=600), strong=dict(multikey_1=600, single_2=600)), some=["pre", "post"], few=["pre", "post"]))
 LIGHT = ("questions", "layers", "data")  # stages that do next to nothing on the GPU
 KINDS = ("single_1", "single_2", "single_3", "multikey_1")
 
@@ -335,10 +335,11 @@ def repair(run, base, kind, seed, names):
 
 
 def where(run, base, kind, seed):
-    "Uuids of one length said by a fine-tuned model with parts of it from before, and by the model before with parts of the fine-tuned one: layer by layer."
+    "What this fine-tuning took (uuids; or keys and far numbers), said by the fine-tuned model with parts of it from before, and by the model before with parts of the fine-tuned one: layer by layer."
     pre, post, model = run.load(base), run.load(tuned(run, base, kind, seed).name), run.to_ask(base)
-    a, b, T, kept = pre.state_dict(), post.state_dict(), run.recipe["where"], run.runs / f"{base}-{kind}-{seed}.where.json"
-    scores, rows = json.loads(kept.read_text()) if kept.exists() else {}, [(x.tolist(), n) for x, n in _asked(run)["recall"]["single_3"][T]]
+    a, b, kept = pre.state_dict(), post.state_dict(), run.runs / f"{base}-{kind}-{seed}.where.json"
+    scores = json.loads(kept.read_text()) if kept.exists() else {}
+    rows = {(test, T): [(x.tolist(), n) for x, n in _asked(run)["recall"][test][T]] for test, T in run.recipe["where"][kind].items()}
     def names(i, *parts): return [n for n in a if f".layers.{i}." in n and ("MLP" if "mlp" in n or "post_attention" in n else "mixer") in parts]
     layers = range(pre.config.num_hidden_layers)
     plan = {f"back: layers to {i}": sum((names(j, "mixer", "MLP") for j in range(i + 1)), []) for i in layers if i < 4 or i % 4 == 3 or i == layers[-1]}
@@ -349,8 +350,10 @@ def where(run, base, kind, seed):
         if time.monotonic() > run.until: raise TimeIsUp(name)
         to, source = (b, a) if name.startswith("back") else (a, b)
         model.float().load_state_dict({**to, **{n: source[n] for n in these}})
-        seen = distill.spoken(run.half(model), run.tokenizer, rows, tokens=run.at_once(model))
-        scores[name] = dict(single_3={str(T): dict(correct=sum(ok for ok, _ in seen), n=len(seen), said=sum(said for _, said in seen))})
+        scores[name] = {}
+        for (test, T), asks in rows.items():
+            seen = distill.spoken(run.half(model), run.tokenizer, asks, tokens=run.at_once(model))
+            scores[name][test] = {str(T): dict(correct=sum(ok for ok, _ in seen), n=len(seen), said=sum(said for _, said in seen))}
         kept.write_text(json.dumps(scores))
         run.so_far(unfinished=f"{len(scores)} of {len(plan) + 2}", scores=scores)
     return dict(scores=scores)

@@ -221,6 +221,7 @@ def test_the_whole_path(tmp_path):
     for r in results.values(): assert {"seed", "config", "versions", "device", "wall_s"} <= r.keys()
     where = results["where-seed0"]["scores"]
     assert len(where) == 2 + 2 + 5 * 3 and {"alone: none", "back: none", "back: layers to 2", "alone: MLP 1", "back: mixer 0"} <= where.keys() and {c["n"] for s in where.values() for c in s["single_3"].values()} == {1}
+    assert all(set(x) == {"multikey_1", "single_2"} for x in results["wherestrong-seed0"]["scores"].values())
     assert set(results["repair-seed0"]["scores"]) == {"pre", "post"} and set(results["strong-seed0"]["scores"]) == {"pre", "post", "restored"} and not list((tmp_path / "runs").glob("*.part"))
     words = results["strong-seed0"]["words"]["post"]
     assert set(words) == {"single_1", "single_2", "single_3", "multikey_1"} and all(w["answer"] and isinstance(w["said"], str) for said in words.values() for w in said)
