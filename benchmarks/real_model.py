@@ -4,10 +4,10 @@ Stages, in order: texts-N (drawn from the teacher), questions (what every model 
 and word problems), align, distil, long (distilling on longer texts), hybrid (its recall), data (how often each fine-tuning reads what it is given),
 range (how far gradients of chains and of chat reach), soft (the unconverted model in our classes), nope, nope-long, nope-hybrid (distil to hybrid
 again without RoPE in the softmax layers, as HypeNet has it); then for each seed sft-N, strong-N (word problems at five times the rate, which damages;
-every variant for the first seed), repair-N (word problems), chat-N (conversations without chains, so few that they are read six times; every variant for
-the first seed), soft-N, softstrong-N (word problems at either rate, for the unconverted model), lora-N (word problems with an adapter); and once
-wherestrong-0 and where-0 (what strong and chat damage, layer by layer), softchat-0, fresh-0 and softfresh-0 (more conversations, read one and a half times),
-nope-0 and nopestrong-0 (word problems at either rate), repeated-0 (fewer word problems, read seven times).
+every variant for the first seed), lora-N (word problems with an adapter), softstrong-N (word problems at five times the rate, for the unconverted model),
+chat-N (conversations without chains, so few that they are read six times), repair-N (word problems), middle-N (at two and a half times the rate); and once
+wherestrong-0 and where-0 (what strong and chat damage, layer by layer), nopestrong-0 and nope-0 (word problems at either rate), soft-0, softchat-0, fresh-0 and
+softfresh-0 (more conversations, read one and a half times), repeated-0 (fewer word problems, read seven times).
 
 A stage that is done is passed over; one that is interrupted goes on where its last save was. With --at-once 4 up to four stages a GPU that do not wait
 for each other run side by side, in processes of their own, on every GPU that is visible; those that make the hybrid have the first one to themselves.
@@ -49,7 +49,7 @@ GPU = dict(keep=8, layers=dict(T=512, window=64, texts=16, answers=128), texts=d
            recall={512: 64, 1024: 64, 2048: 64, 4096: 32, 8192: 32}, problems=20000, tasks=128, room=272, sft=dict(steps=300, T=8192, rows=2, lr=3e-4), seeds=3,
            variants=["post", "restored", "pre", "vo", "first linear mixer", "all mixers", "qk of linear layers", "vo of linear layers", "interpolated 0.9", "qk of all layers", "MLPs", "LiNeS 0.8", "interpolated 0.75", "drift alone",
                      "embedding and head", "q", "k", "v", "o", "noise", "pro head 1", "pro input 1", "pro head 0.1", "pro input 0.1"], where=dict(chat=dict(single_3=2048), strong=dict(multikey_1=512, single_2=4096)))
-GPU |= dict(some=GPU["variants"][:10], few=["post", "restored", "pre", "vo", "first linear mixer", "interpolated 0.9"])
+GPU |= dict(some=GPU["variants"][:10], few=["post", "restored", "pre", "vo", "interpolated 0.9", "all mixers"])
 RECIPES = dict(gpu=GPU, colab=GPU | dict(recall={512: 32, 2048: 32}, tasks=64, sft=dict(steps=150, T=2048, rows=8, lr=3e-4), seeds=1, variants=GPU["few"]),
                small=GPU | dict(recall={512: 24}, tasks=2, problems=4000, seeds=1, sft=dict(steps=100, T=2048, rows=1, lr=3e-4),
                                 variants=["post", "pre", "restored", "vo", "all mixers", "qk of linear layers", "vo of linear layers", "MLPs", "interpolated 0.9", "first linear mixer", "embedding and head"]),
@@ -57,6 +57,7 @@ RECIPES = dict(gpu=GPU, colab=GPU | dict(recall={512: 32, 2048: 32}, tasks=64, s
                tiny=GPU | dict(keep=1, layers=dict(T=600, window=8, texts=2, answers=2), texts=dict(files=2, n=32, T=64, rows=32), needles={600: 2, 800: 2}, tokens=1800, align=dict(T=600, steps=3, lr=1e-3, warmup=1),
                                distil=dict(T=700, steps=3, lr=4e-4, warmup=1), long=dict(T=900, steps=2, lr=1e-4, warmup=1), recall={600: 1}, problems=40, tasks=4, room=16,
                                sft=dict(steps=2, T=256, rows=2, lr=2e-4), seeds=1, variants=["pre", "post", "restored"], where=dict(chat=dict(single_3=600), strong=dict(multikey_1=600, single_2=600)), some=["pre", "post"], few=["pre", "post"]))
+FASTER = dict(lora=5, strong=5, middle=2.5)  # word problems at a multiple of the rate
 LIGHT = ("questions", "layers", "data")  # stages that do next to nothing on the GPU
 KINDS = ("single_1", "single_2", "single_3", "multikey_1")
 
@@ -152,20 +153,20 @@ def asked(run, model) -> tuple[dict, dict]:
     scores = {kind: {} for kind in q["recall"]}
     for T in run.recipe["recall"]:  # all kinds together: decoding many takes as long as decoding few
         kinds, rows = zip(*((kind, (x.tolist(), n)) for kind in scores for x, n in q["recall"][kind][T]))
-        seen = list(zip(kinds, distill.spoken(model, run.tokenizer, rows, tokens=run.at_once(model))))
+        said = distill.replies(model, run.tokenizer, rows, tokens=run.at_once(model))
+        seen = list(zip(kinds, distill.judged(run.tokenizer, rows, said)))
         for kind in scores: scores[kind][str(T)] = dict(correct=sum(ok for k, (ok, _) in seen if k == kind), n=kinds.count(kind), said=sum(said for k, (_, said) in seen if k == kind))
+        if T == min(run.recipe["recall"]): words = {kind: told(run, [(row, s) for k, row, s in zip(kinds, rows, said) if k == kind]) for kind in scores}
     tasks = [t for group in q["tasks"].values() for t in group]
-    said = iter(solve(model, run.tokenizer, tasks, run.recipe["room"], 256))
-    scores["problems"] = {name: dict(correct=sum(next(said)[0] for _ in group), n=len(group)) for name, group in q["tasks"].items()}
-    words = {kind: told(run, model, [(x.tolist(), n) for x, n in by[min(by)][:None if kind == "single_3" else 2]]) for kind, by in q["recall"].items()}
+    right = iter(solve(model, run.tokenizer, tasks, run.recipe["room"], 256))
+    scores["problems"] = {name: dict(correct=sum(next(right)[0] for _ in group), n=len(group)) for name, group in q["tasks"].items()}
     scores["single_3"][str(min(run.recipe["recall"]))]["copied"] = sum(map(copied, words["single_3"]))
-    return scores, {kind: said[:2] for kind, said in words.items()}
+    return scores, {kind: told[:2] for kind, told in words.items()}
 
 
-def told(run, model, rows) -> list[dict]:
+def told(run, said) -> list[dict]:
     "The answers that were asked for, and the words that came."
-    said = distill.greedy(model, [x[:-n] for x, n in rows], 64, distill.text_ends(model, run.tokenizer))
-    return [dict(answer=run.tokenizer.decode(x[-n:]).strip(), said=run.tokenizer.decode(words)) for (x, n), words in zip(rows, said)]
+    return [dict(answer=run.tokenizer.decode(x[-n:]).strip(), said=run.tokenizer.decode(words)) for (x, n), words in said]
 
 
 def copied(words: dict) -> float:
@@ -222,7 +223,7 @@ def chats(run, kind, seed) -> Path:
     """The data of a fine-tuning: word problems with their steps (repeated: so few that they are read several times); or conversations drawn from the teacher that came
     to an end (few, so they are read several times, too; fresh: those that the end of a text cut off as well, which is several times as much)."""
     file = run.runs / f"{kind}-{seed}.jsonl"
-    if kind in ("lora", "strong"): return chats(run, "problems", seed)
+    if kind in FASTER: return chats(run, "problems", seed)
     if kind == "problems" or file.exists(): return file
     if kind == "repeated":
         rows = run.runs.joinpath(f"problems-{seed}.jsonl").read_text().splitlines()
@@ -277,7 +278,7 @@ def reach(run):
 def tuned(run, base, kind, seed) -> Path:
     "The folder after fine-tuning on word problems (all weights, or an adapter that is merged afterwards) or on the teacher's own conversations."
     post, settings = run.runs / f"{base}-{kind}-{seed}", dict(seed=seed, every=100, **run.recipe["sft"])
-    if kind in ("lora", "strong"): settings["lr"] *= 5
+    settings["lr"] *= FASTER.get(kind, 1)
     with _alone(post): return post if post.exists() else _tuned(run, base, kind, seed, post, settings)
 
 
@@ -344,7 +345,7 @@ def where(run, base, kind, seed):
     layers = range(pre.config.num_hidden_layers)
     plan = {f"back: layers to {i}": sum((names(j, "mixer", "MLP") for j in range(i + 1)), []) for i in layers if i < 4 or i % 4 == 3 or i == layers[-1]}
     plan |= {f"{way}: embedding and head": [n for n in a if ".layers." not in n] for way in ("back", "alone")}
-    plan |= {f"{way}: {part} {i}": names(i, part) for part in ("mixer", "MLP") for way in ("back", "alone") for i in layers}
+    plan |= {f"{way}: {part} {i}": names(i, part) for way in ("back", "alone") for part in ("mixer", "MLP") for i in layers}
     for name, these in {"alone: none": [], "back: none": [], **plan}.items():
         if name in scores: continue
         if time.monotonic() > run.until: raise TimeIsUp(name)
@@ -374,11 +375,11 @@ def stages(run) -> dict:
                 hybrid=lambda run: scored(pre=before(run, "long")), data=data, range=reach, soft=softened,
                 nope=lambda run: trained(run, "nope", lambda t: run.load("align", attn_use_rope=False, attn_logits_scaling="hype 500"), distill.distil, **r["distil"]),
                 **{"nope-long": lambda run: trained(run, "nope-long", lambda t: run.load("nope"), distill.distil, **r["long"]), "nope-hybrid": lambda run: scored(pre=before(run, "nope-long"))})
-    first = dict(sft="long problems", strong="long strong", wherestrong="long strong", repair="long problems", chat="long chat", softstrong="soft strong", soft="soft problems", lora="long lora")
-    once = dict(nope="nope-long problems", nopestrong="nope-long strong", where="long chat", fresh="long fresh", softchat="soft chat", softfresh="soft fresh", repeated="long repeated")
-    def names(kind, n): return r["some" if n or kind == "repair" else "variants"] if kind in ("strong", "repair", "chat") else r["few"]
-    for name, n in [(name, n) for n in range(r["seeds"]) for name in first if not n or name != "wherestrong"] + [(name, 0) for name in once]:
-        base, kind = (first | once)[name].split()
+    seeds = dict(sft="long problems", strong="long strong", lora="long lora", softstrong="soft strong", chat="long chat", repair="long problems", middle="long middle")
+    once = dict(wherestrong="long strong", nopestrong="nope-long strong", nope="nope-long problems", soft="soft problems", where="long chat", fresh="long fresh", softchat="soft chat", softfresh="soft fresh", repeated="long repeated")
+    def names(kind, n): return r["some" if n else "variants"] if kind == "strong" else r["few"]
+    for name, n in [(name, n) for name in seeds for n in range(r["seeds"])] + [(name, 0) for name in once]:
+        base, kind = (seeds | once)[name].split()
         if name == "sft": made[f"sft-seed{n}"] = lambda run, n=n: dict(post=tuned(run, "long", "problems", n).name)
         elif name.startswith("where"): made[f"{name}-seed{n}"] = partial(where, base=base, kind=kind, seed=n)
         else: made[f"{name}-seed{n}"] = partial(repair, base=base, kind=kind, seed=n, names=names(name, n))
@@ -402,8 +403,8 @@ def fits(name: str, gpu: int, beside: list[str], path: set[str], at_once: int) -
     return len(beside) < at_once and not any(map(big, beside)) and not (gpu == 0 and any(map(big, path)))
 
 
-def side_by_side(start, names: list[str], done, files: int, at_once: int, until: float, gpus: int = 1) -> tuple[list[dict], list[str]]:
-    "Start each stage, in this order, once what it waits for is done, on the emptiest GPU where it fits. Returns what ran when (in seconds) and where, and what failed; after that nothing new starts, and what runs is waited for."
+def side_by_side(start, names: list[str], done, files: int, at_once: int, until: float, gpus: int = 1, look=lambda ran: None) -> tuple[list[dict], list[str]]:
+    "Start each stage, in this order, once what it waits for is done, on the emptiest GPU where it fits. Returns what ran when (in seconds) and where, which look is told each time that a stage ends, and what failed; after that nothing new starts, and what runs is waited for."
     waiting, running, failed, ran, begun = [n for n in names if not done(n)], {}, [], [], time.monotonic()
     def beside(gpu): return [n for n, (_, row) in running.items() if row["gpu"] == gpu and n not in LIGHT]
     while running or waiting and not failed and time.monotonic() < until:
@@ -411,6 +412,7 @@ def side_by_side(start, names: list[str], done, files: int, at_once: int, until:
             process, row = running.pop(name)
             ran.append(row | dict(end=round(time.monotonic() - begun, 1)))
             if process.returncode: failed.append(name)
+            look(ran)
         for name in [n for n in waiting if all(map(done, waits_for(n, files) & set(names)))]:
             free = [g for g in sorted(range(gpus), key=lambda g: len(beside(g))) if fits(name, g, beside(g), {*waiting, *running}, at_once)]
             if failed or time.monotonic() > until or not free: continue
@@ -450,9 +452,9 @@ def main():
         def start(name, gpu): return subprocess.Popen([sys.executable, __file__, str(args.runs), str(args.out), name, "--profile", args.profile, "--minutes", str((run.until - time.monotonic()) / 60)] + ["--hybrid", str(args.hybrid)] * bool(args.hybrid),
                                                       env=os.environ | dict(CUDA_VISIBLE_DEVICES=visible[gpu]))
         then = time.perf_counter()
-        ran, failed = side_by_side(start, names, done, run.recipe["texts"]["files"], args.at_once, run.until, len(visible))
         goes = run.json("timeline")["goes"] if (args.out / "timeline.json").exists() else []
-        if ran: record("timeline", then, goes=[*goes, dict(at_once=args.at_once, gpus=len(visible), ran=ran)])
+        def look(ran): record("timeline", then, goes=[*goes, dict(at_once=args.at_once, gpus=len(visible), ran=ran)])
+        _, failed = side_by_side(start, names, done, run.recipe["texts"]["files"], args.at_once, run.until, len(visible), look)
         if failed: raise SystemExit(f"failed: {', '.join(failed)}; what is done is kept, the same command goes on")
         return
     for name in names:

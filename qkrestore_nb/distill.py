@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['convert', 'watched', 'calibrate', 'layer_errors', 'align', 'distance', 'distil', 'windowed', 'answered',
-           'layer_values', 'choose_layers', 'samples', 'answer_rows', 'text_batch', 'spoken', 'heard', 'smollm2',
-           'sound', 'word_problems']
+           'layer_values', 'choose_layers', 'samples', 'answer_rows', 'text_batch', 'replies', 'judged', 'spoken',
+           'heard', 'smollm2', 'sound', 'word_problems']
 
 # %% ../nbs/12_real_model.ipynb #42343a46
 import re
@@ -312,22 +312,35 @@ def text_batch(
 
 # %% ../nbs/12_real_model.ipynb #b7d20e91
 @torch.no_grad()
-def spoken(
+def replies(
     model,                              # a causal model of transformers
     tokenizer,
     rows: list[tuple[list[int], int]],  # ids, and how many of the last ones are the answer
     room: int = 16,                     # tokens that may be said beside the answer
     tokens: int = 8192,                 # read at once, unless a row is longer
-) -> list[tuple[bool, bool]]:
-    "For each row, in its order, about what the model says next, greedily: whether it begins with the answer's tokens, and whether the answer stands in it (RULER's string match, arXiv 2404.06654)."
+) -> list[list[int]]:
+    "What the model says next, greedily, to each row without its answer: ids."
     prompts, out = [x[:-n] for x, n in rows], {}
     pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
     ends = text_ends(model, tokenizer)
     for group in _groups([len(p) for p in prompts], tokens):
-        for i, said in zip(group, greedy(model, [prompts[i] for i in group], max(rows[i][1] for i in group) + room, ends, pad)):
-            answer = rows[i][0][-rows[i][1]:]
-            out[i] = said[:len(answer)] == answer, score(tokenizer.decode(said, skip_special_tokens=True), [tokenizer.decode(answer).strip()]) == 1
+        out |= zip(group, greedy(model, [prompts[i] for i in group], max(rows[i][1] for i in group) + room, ends, pad))
     return [out[i] for i in range(len(rows))]
+
+
+def judged(
+    tokenizer,
+    rows: list[tuple[list[int], int]],
+    said: list[list[int]],  # of `replies` to them
+) -> list[tuple[bool, bool]]:
+    "For each row whether the reply begins with the answer's tokens, and whether the answer stands in it (RULER's string match, arXiv 2404.06654)."
+    answers = [x[-n:] for x, n in rows]
+    return [(s[:len(a)] == a, score(tokenizer.decode(s, skip_special_tokens=True), [tokenizer.decode(a).strip()]) == 1) for s, a in zip(said, answers, strict=True)]
+
+
+def spoken(model, tokenizer, rows, **settings) -> list[tuple[bool, bool]]:
+    "`replies`, `judged`; settings are those of `replies`."
+    return judged(tokenizer, rows, replies(model, tokenizer, rows, **settings))
 
 # %% ../nbs/12_real_model.ipynb #12f00002
 def heard(

@@ -217,7 +217,7 @@ def test_the_whole_path(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     results = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "out").glob("*.json")}
-    assert {"questions", "layers", "teacher", "texts-0", "texts-1", "align", "distil", "long", "hybrid", "range", "data", "soft", "sft-seed0", "repair-seed0", "chat-seed0", "where-seed0", "wherestrong-seed0", "fresh-seed0", "repeated-seed0", "lora-seed0", "strong-seed0", "soft-seed0", "softstrong-seed0", "nopestrong-seed0", "softchat-seed0", "softfresh-seed0", "nope", "nope-long", "nope-hybrid", "nope-seed0"} == results.keys()
+    assert {"questions", "layers", "teacher", "texts-0", "texts-1", "align", "distil", "long", "hybrid", "range", "data", "soft", "sft-seed0", "repair-seed0", "chat-seed0", "where-seed0", "wherestrong-seed0", "fresh-seed0", "repeated-seed0", "lora-seed0", "strong-seed0", "middle-seed0", "soft-seed0", "softstrong-seed0", "nopestrong-seed0", "softchat-seed0", "softfresh-seed0", "nope", "nope-long", "nope-hybrid", "nope-seed0"} == results.keys()
     for r in results.values(): assert {"seed", "config", "versions", "device", "wall_s"} <= r.keys()
     where = results["where-seed0"]["scores"]
     assert len(where) == 2 + 2 + 5 * 3 and {"alone: none", "back: none", "back: layers to 2", "alone: MLP 1", "back: mixer 0"} <= where.keys() and {c["n"] for s in where.values() for c in s["single_3"].values()} == {1}
@@ -281,4 +281,4 @@ def test_side_by_side(tmp_path):
         started, _, failed = go(gpus, bad="layers")
         assert failed == ["layers"] and not {"align", "distil", "long", "repair-seed0"} & set(started)
         started, _, failed = go(gpus, late="hybrid")  # no failure: what can goes on, what waits for it is left
-        assert not failed and {"sft-seed0", "nope-seed0", "softstrong-seed2"} <= set(started) and not {"repair-seed0", "lora-seed0"} & set(started)
+        assert not failed and {"sft-seed0", "nope-seed0", "softstrong-seed2", "soft-seed0"} <= set(started) and not {"repair-seed0", "lora-seed0"} & set(started)
