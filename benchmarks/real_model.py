@@ -11,9 +11,10 @@ softfresh-0 (more conversations, read one and a half times), repeated-0 (fewer w
 
 A stage that is done is passed over; one that is interrupted goes on where its last save was. With --at-once 4 up to four stages a GPU that do not wait
 for each other run side by side, in processes of their own, on every GPU that is visible; those that make the hybrid have the first one to themselves.
+Start NVIDIA's MPS before (nvidia-cuda-mps-control -d): without it processes use a GPU by turns.
 RUNS holds weights and texts, OUT gets one json a stage (that of an unfinished stage says so), and timeline.json, which says when each ran and where.
 
-Profiles: gpu (an hour and a half of one H100 with --at-once, by the figures of half an hour on two), colab (a T4: fine-tunes and repairs a hybrid that
+Profiles: gpu (28 minutes of two H100 with --at-once 4; less than an hour of one, by that), colab (a T4: fine-tunes and repairs a hybrid that
 --hybrid names, once), small (two cores, an hour and a half: the stages questions and strong-seed0, from a hybrid, with 200,000 tokens), cpu (up to align in
 half an hour on two cores), tiny (random weights, to see that the path works)."""
 import argparse
