@@ -270,7 +270,9 @@ def test_side_by_side(tmp_path):
             return Process(name)
 
         most = [0] * gpus
-        with patch("real_model.time.sleep"): ran, failed = real_model.side_by_side(start, names, finished.__contains__, 2, 3, float("inf"), gpus)
+        looked = []
+        with patch("real_model.time.sleep"): ran, failed = real_model.side_by_side(start, names, finished.__contains__, 2, 3, float("inf"), gpus, lambda ran: looked.append(len(ran)))
+        assert looked == list(range(1, len(ran) + 1))
         assert sorted(started) == sorted(r["stage"] for r in ran) and all(r["begin"] <= r["end"] for r in ran)
         return started, most, failed
 
