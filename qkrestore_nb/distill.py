@@ -338,8 +338,13 @@ def judged(
     return [(s[:len(a)] == a, score(tokenizer.decode(s, skip_special_tokens=True), [tokenizer.decode(a).strip()]) == 1) for s, a in zip(said, answers, strict=True)]
 
 
-def spoken(model, tokenizer, rows, **settings) -> list[tuple[bool, bool]]:
-    "`replies`, `judged`; settings are those of `replies`."
+def spoken(
+    model,                              # a causal model of transformers
+    tokenizer,
+    rows: list[tuple[list[int], int]],  # ids, and how many of the last ones are the answer
+    **settings,                         # of `replies`
+) -> list[tuple[bool, bool]]:
+    "How the model's `replies` are `judged`: for each row whether the answer comes at once, and whether it comes at all."
     return judged(tokenizer, rows, replies(model, tokenizer, rows, **settings))
 
 # %% ../nbs/12_real_model.ipynb #12f00002
