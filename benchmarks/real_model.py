@@ -156,13 +156,18 @@ def asked(run, model) -> tuple[dict, dict]:
         kinds, rows = zip(*((kind, (x.tolist(), n)) for kind in scores for x, n in q["recall"][kind][T]))
         said = distill.replies(model, run.tokenizer, rows, tokens=run.at_once(model))
         seen = list(zip(kinds, distill.judged(run.tokenizer, rows, said)))
-        for kind in scores: scores[kind][str(T)] = dict(correct=sum(ok for k, (ok, _) in seen if k == kind), n=kinds.count(kind), said=sum(said for k, (_, said) in seen if k == kind))
+        for kind in scores: scores[kind][str(T)] = counted([x for k, x in seen if k == kind])
         if T == min(run.recipe["recall"]): words = {kind: told(run, [(row, s) for k, row, s in zip(kinds, rows, said) if k == kind]) for kind in scores}
     tasks = [t for group in q["tasks"].values() for t in group]
     right = iter(solve(model, run.tokenizer, tasks, run.recipe["room"], 256))
     scores["problems"] = {name: dict(correct=sum(next(right)[0] for _ in group), n=len(group)) for name, group in q["tasks"].items()}
     scores["single_3"][str(min(run.recipe["recall"]))]["copied"] = sum(map(copied, words["single_3"]))
-    return scores, {kind: told[:2] for kind, told in words.items()}
+    return scores, {kind: pairs[:2] for kind, pairs in words.items()}
+
+
+def counted(seen) -> dict:
+    "How many of the `judged` come at once (correct) and at all (said)."
+    return dict(correct=sum(ok for ok, _ in seen), n=len(seen), said=sum(said for _, said in seen))
 
 
 def told(run, said) -> list[dict]:
@@ -352,10 +357,8 @@ def where(run, base, kind, seed):
         if time.monotonic() > run.until: raise TimeIsUp(name)
         to, source = (b, a) if name.startswith("back") else (a, b)
         model.float().load_state_dict({**to, **{n: source[n] for n in these}})
-        scores[name] = {}
-        for (test, T), asks in rows.items():
-            seen = distill.spoken(run.half(model), run.tokenizer, asks, tokens=run.at_once(model))
-            scores[name][test] = {str(T): dict(correct=sum(ok for ok, _ in seen), n=len(seen), said=sum(said for _, said in seen))}
+        run.half(model)
+        scores[name] = {test: {str(T): counted(distill.spoken(model, run.tokenizer, asks, tokens=run.at_once(model)))} for (test, T), asks in rows.items()}
         kept.write_text(json.dumps(scores))
         run.so_far(unfinished=f"{len(scores)} of {len(plan) + 2}", scores=scores)
     return dict(scores=scores)
