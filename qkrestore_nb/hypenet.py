@@ -107,6 +107,8 @@ class HypeNetConfig(PreTrainedConfig):
         for heads, kv, which in ((self.num_attention_heads, self.num_key_value_heads, "num_attention_heads / num_key_value_heads"),
                                  (self.lightning_nh, self.lightning_nkv, "lightning_nh / lightning_nkv")):
             if heads % kv: raise ValueError(f"{which}: {heads} query heads cannot share {kv} key heads evenly")
+        if (activation := self.lightning_conv_activation) is not None and activation not in ACT2FN:
+            raise ValueError(f"lightning_conv_activation {activation!r} is no activation of transformers: take silu, another of ACT2FN, or null for none")
         self.query_scale  # raises on a scaling that it cannot read
 
     @classmethod

@@ -208,9 +208,9 @@ def test_rows_of_a_group_are_of_one_length():
 
 
 def test_the_whole_path(tmp_path):
-    "Every stage of benchmarks/real_model.py on a tiny teacher, stopped after the first minute's budget of nothing and gone on with; then from its hybrid."
+    "Every stage of benchmarks/studies/real_model.py on a tiny teacher, stopped after the first minute's budget of nothing and gone on with; then from its hybrid."
     pytest.importorskip("reasoning_gym")
-    script, env = [sys.executable, str(ROOT / "benchmarks" / "real_model.py")], os.environ | dict(PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
+    script, env = [sys.executable, str(ROOT / "benchmarks" / "studies" / "real_model.py")], os.environ | dict(PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
     command = [*script, str(tmp_path / "runs"), str(tmp_path / "out"), "--profile", "tiny"]
     first = subprocess.run([*command, "layers", "texts-0", "--minutes", "0"], capture_output=True, text=True, env=env)
     assert "time is up" in first.stdout and not list((tmp_path / "out").iterdir())
@@ -241,7 +241,7 @@ def test_the_whole_path(tmp_path):
 def test_side_by_side(tmp_path):
     """Every stage starts after what it waits for, the first that can comes first, never more at once on a GPU than asked; what makes the hybrid has the first GPU to itself, and texts
     that are drawn have theirs; after a failure nothing new starts."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
+    sys.path.insert(0, str(ROOT / "benchmarks" / "studies"))
     try: import real_model
     finally: sys.path.pop(0)
     names = list(real_model.stages(SimpleNamespace(recipe=real_model.GPU)))

@@ -1,126 +1,284 @@
-"The experiment's path on a CPU, its resuming, and the demo: what they write and what they refuse."
+"The experiment's path on a CPU: what it writes, how it goes on, what it evaluates, and what it refuses."
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qkrestore_nb import experiment
 from qkrestore_nb.checkpoints import CheckpointError
-from qkrestore_nb.cli import main
-from qkrestore_nb.experiment import demo, pair, run, table
-from qkrestore_nb.hypenet import HypeNetForCausalLM
-from qkrestore_nb.recall import decode, recall_test
+from qkrestore_nb.experiment import SFT, alternatives, bits, cell, decisive, evaluate, model_fields, models, recipes, run, sfts
+from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM
+from qkrestore_nb.reasoning import reasoning_test, solved
+from qkrestore_nb.recall import recall_test, score, token_id
+from qkrestore_nb.training import sft_batch
 
-few = dict(recall=dict(MF=[(256, 2, 4)]), steps=(1, 2), problems=4)
+QK, VO = (rf"layers\.[12]\.self_attn\.[{x}]_proj" for x in ("qk", "vo"))  # of the softmax layers
 
 
 @pytest.fixture
 def quick(monkeypatch):
     "The smoke recipe, but shorter still."
-    recipe = {**experiment.recipes["smoke"], **few, "recall": dict(MF=[(512, 1, 4)]), "fewer": dict(few, steps=(1,))}
-    recipe = {**recipe, "pretraining": {**recipe["pretraining"], "steps": 4}, "sft": {**recipe["sft"], "steps": 4}, "probe": 2, "steps": (1, 8)}
-    monkeypatch.setitem(experiment.recipes, "smoke", recipe)
+    sizes = dict(recall=dict(S3=[(128, 2, 1)], MF=[(256, 1, 4)]), steps=(8,), problems=2)
+    recipe = dict(recipes["smoke"], pretraining=dict(steps=3, lr=2e-3, warmup=1), pretraining_data=dict(tokens=1024, first=9), probe=2,
+                  sft=dict(steps=4, lr=1e-2, warmup=1), probed=sizes, long=dict(sizes, steps=(1, 8)), short=sizes, few=dict(sizes, problems=1))
+    monkeypatch.setitem(recipes, "smoke", recipe)
+    return recipe
 
 
-def test_run_resumes_and_belongs_to_one_seed(quick, tmp_path, monkeypatch):
+@pytest.fixture
+def asked(monkeypatch):
+    "Every evaluation is noted instead of made: questions, chain, and a copy of the weights."
+    calls = []
+    def note(model, recall, steps, problems, seed, chain):
+        calls.append(dict(recall=recall, steps=steps, problems=problems, seed=seed, chain=chain,
+                          weights={n: p.detach().clone() for n, p in model.state_dict().items()}))
+        return {t: {str(c[0]): dict(exact=0, n=1) for c in cells} for t, cells in recall.items()} | \
+            {f"cot-{t}": {str(n): dict(exact=0, n=1) for n in steps} for t in "MADH"}
+    monkeypatch.setattr(experiment, "evaluate", note)
+    return calls
+
+
+def weights(folder) -> dict: return {n: t.float() for n, t in load_file(folder / "model.safetensors").items()}
+
+
+# ---- counts and bits
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 17)), st.integers(0, 2**32 - 1), st.booleans())
+def test_bits_and_counts_agree(shape, seed, with_lookup):
+    rng = np.random.default_rng(seed)
+    tokens, lookup = rng.random(shape) < .8, rng.random(shape[:-1]) < .5 if with_lookup else None
+    made = json.loads(json.dumps(cell(tokens, lookup)))  # as it comes back from a file
+    assert (bits(made, "tokens") == tokens).all() and bits(made, "tokens").shape == shape
+    assert (bits(made, "exact") == tokens.all(-1)).all() and made["exact"] == tokens.all(-1).sum() and made["n"] == tokens.all(-1).size
+    assert ("lookup" in made) == ("lookup_bits" in made) == with_lookup
+    if with_lookup: assert (bits(made) == lookup).all() and made["lookup"] == lookup.sum()
+
+
+def test_evaluate_asks_what_recall_and_reasoning_ask():
+    "The same questions, one by one; the sizes of a batch change nothing; what comes next is told before."
+    torch.manual_seed(0)
+    model = HypeNetForCausalLM(HypeNetConfig(**{**model_fields, **recipes["smoke"]["model"]}))
+    for p in model.parameters(): torch.nn.init.normal_(p, std=.3)
+    told, sizes = [], dict(S2=[(128, 3, 1)], MF=[(256, 2, 5)])
+    got = evaluate(model.eval(), sizes, steps=(2,), problems=3, seed=4, chain="far", max_batch_tokens=256, on_progress=told.append)
+    assert told == ["S2 at 128 tokens", "MF at 256 tokens", *(f"2-step chains of {t}" for t in "MADH")]
+    assert list(got) == ["S2", "MF", "cot-M", "cot-A", "cot-D", "cot-H"] and [list(x) for x in got.values()] == [["128"], ["256"]] + [["2"]] * 4
+    right = score(model, recall_test("MF", 2, 256, 5, seed=4))
+    assert (bits(got["MF"]["256"]) == right.lookup).all() and (bits(got["MF"]["256"], "tokens") == right.tokens).all()
+    assert got["MF"]["256"]["n"] == 10 and 0 < got["MF"]["256"]["lookup"] < 10
+    chains = solved(model, *reasoning_test("D", 2, 3, 4, "far"))
+    assert bits(got["cot-D"]["2"], "exact").tolist() == chains.tolist() and "lookup" not in got["cot-D"]["2"]
+
+
+# ---- a run
+
+def test_a_run_and_the_same_run_cut_and_resumed(quick, tmp_path, monkeypatch):
     straight = run("smoke", tmp_path / "straight", seed=3)
-    result = json.loads((straight / "results.json").read_text())
-    assert {"seed", "config", "versions", "device", "wall_s", "scores", "pretraining", "sft", "probes"} <= result.keys()
-    assert list(result["scores"]) == list(experiment.main_variants) and [p["step"] for p in result["probes"]] == [0, 2, 4]
-    assert (straight / "results.png").stat().st_size > 5000 and (straight / "restored" / "qk_restore.json").exists()
+    path = straight / "hypenet7m-near-seed3.json"
+    result = json.loads(path.read_text())
+    assert {"seed", "sft_seed", "config", "versions", "device", "date", "wall_s", "scores", "probes", "pretraining", "sft"} == result.keys()
+    assert (result["seed"], result["sft_seed"], result["config"]["kind"], result["config"]["model"]) == (3, 0, "near", "hypenet7m")
+    assert result["config"]["fields"]["hidden_size"] == 64 and result["config"]["profile"] == "smoke" and result["wall_s"] > 0
+    assert list(result["scores"]) == list(decisive) and [p["step"] for p in result["probes"]] == [2, 4]
+    for scores in result["scores"].values():
+        assert {t: list(x) for t, x in scores.items()} == dict(S3=["128"], MF=["256"]) | {f"cot-{t}": ["1", "8"] for t in "MADH"}
+        for test, x in scores.items():
+            for c in x.values():
+                assert 0 <= c["exact"] <= c["n"] and bits(c, "exact").sum() == c["exact"] and np.prod(c["shape"][:-1]) == c["n"]
+                if "cot" not in test: assert bits(c).sum() == c["lookup"] <= c["n"]
+    assert result["probes"][0]["scores"].keys() == {"S3", "MF", "cot-M", "cot-A", "cot-D", "cot-H"}
+    assert sorted(p.name for p in straight.iterdir()) == [path.name, "near", "near.json", "pre", "pretraining.json", "recipe.json"]
 
     real, calls = experiment.save, []
     def save(model, folder):
         calls.append(folder.name)
-        if folder.name == "post" and calls.count("post") == 1: raise KeyboardInterrupt
+        if calls == ["pre", "near"]: raise KeyboardInterrupt
         real(model, folder)
     monkeypatch.setattr(experiment, "save", save)
     with pytest.raises(KeyboardInterrupt): run("smoke", tmp_path / "cut", seed=3)
-    assert not (tmp_path / "cut" / "post").exists() and not (tmp_path / "cut" / "sft.json").exists()
+    assert not (tmp_path / "cut" / "near").exists() and not (tmp_path / "cut" / "near.json").exists()
     run("smoke", tmp_path / "cut", seed=3)
-    assert calls == ["pre", "post", "post"]  # pre-training was not run again
-    for name in ("pre", "post", "restored"):
+    assert calls == ["pre", "near", "near"]  # pre-training was not run again
+    for name in ("pre", "near"):
         assert (tmp_path / "cut" / name / "model.safetensors").read_bytes() == (straight / name / "model.safetensors").read_bytes()
+    again = json.loads((tmp_path / "cut" / path.name).read_text())
+    assert again["scores"] == result["scores"] and again["probes"] == result["probes"]  # no step was probed twice
 
-    assert run("smoke", straight, seed=3) == straight  # a finished run is left as it is
-    assert json.loads((straight / "results.json").read_text()) == result
-    with pytest.raises(CheckpointError, match="another seed"): run("smoke", straight, seed=4)
+    before = path.read_bytes()
+    assert run("smoke", straight, seed=3) == straight and json.loads(path.read_text()) == result  # a finished run is left as it is
+    with pytest.raises(CheckpointError, match="another seed or recipe"): run("smoke", straight, seed=4)
+    with pytest.raises(CheckpointError, match="another seed or recipe"): run("smoke", straight, seed=3, model="silu7m")
+    monkeypatch.setitem(recipes, "smoke", dict(quick, probe=1))
+    with pytest.raises(CheckpointError, match="another seed or recipe"): run("smoke", straight, seed=3)
+    assert path.read_bytes() == before
+
+
+def test_an_interrupted_evaluation_goes_on_with_the_next_variant(quick, asked, tmp_path, monkeypatch):
+    note, stop = experiment.evaluate, []
+    def evaluate(*args, **how):
+        if len(stop) == 4: raise KeyboardInterrupt  # two probes, pre, post
+        stop.append(1)
+        return note(*args, **how)
+    monkeypatch.setattr(experiment, "evaluate", evaluate)
+    with pytest.raises(KeyboardInterrupt): run("smoke", tmp_path / "run")
+    kept = json.loads((tmp_path / "run" / "hypenet7m-near-seed0.json").read_text())
+    assert list(kept["scores"]) == ["pre", "post"] and len(asked) == 4
+    monkeypatch.setattr(experiment, "evaluate", note)
+    run("smoke", tmp_path / "run")
+    done = json.loads((tmp_path / "run" / "hypenet7m-near-seed0.json").read_text())
+    assert list(done["scores"]) == list(decisive) and len(asked) == 7 and done["wall_s"] >= kept["wall_s"]
+
+
+def test_a_probe_that_was_cut_is_made_when_the_run_goes_on(quick, asked, tmp_path, monkeypatch):
+    note = experiment.evaluate
+    def evaluate(*args, **how): raise KeyboardInterrupt
+    monkeypatch.setattr(experiment, "evaluate", evaluate)
+    with pytest.raises(KeyboardInterrupt): run("smoke", tmp_path / "run", variants=())
+    monkeypatch.setattr(experiment, "evaluate", note)
+    run("smoke", tmp_path / "run", variants=())
+    assert [p["step"] for p in json.loads((tmp_path / "run" / "hypenet7m-near-seed0.json").read_text())["probes"]] == [2, 4]
+
+
+def test_every_variant_is_the_model_that_its_name_says(quick, asked, tmp_path):
+    wanted = ("qk", "vo", "average 0.9", "q", "noise", "drift alone", "qk on average 0.9")
+    out = run("smoke", tmp_path / "run", seed=5, variants=wanted)
+    pre, post = weights(out / "pre"), weights(out / "near")
+    got = dict(zip(["pre", "post", *wanted], [c["weights"] for c in asked[2:]], strict=True))  # two probes come first
+    assert [c["seed"] for c in asked] == [6, 6] + [5] * 9  # probes have questions of their own
+    for name, w in got.items():
+        for n, a in w.items():
+            a, (x, y), qk = a.float(), (pre[n], post[n]), bool(re.search(QK, n))
+            if name == "noise" and qk:
+                assert (a - y).norm() > .5 * (y - x).norm() and float((a - x).norm()) == pytest.approx(float((y - x).norm()), rel=1e-3)
+                continue
+            mixed = .9 * y + .1 * x
+            right = dict(pre=x, post=y, qk=x if qk else y, vo=x if re.search(VO, n) else y, q=x if qk and "q_proj" in n else y, noise=y)
+            right |= {"average 0.9": mixed, "drift alone": y if qk else x, "qk on average 0.9": x if qk else mixed}
+            torch.testing.assert_close(a, right[name], atol=1e-6, rtol=0)
+    assert all(sum(not torch.equal(pre[n], post[n]) for n in pre if re.search(part, n)) == 4 for part in (QK, VO))
+
+
+def test_what_is_evaluated_and_how_long(quick, asked, tmp_path):
+    "Near and its decisive variants at every length, another kind at some, all others at few; pre is evaluated once."
+    out = run("smoke", tmp_path / "run", kinds=("near", "direct"), variants=("qk", "noise"))
+    read = lambda c: (c["steps"], c["problems"], c["chain"])
+    long, short, few, probe = ((1, 8), 2, "near"), ((8,), 2, "near"), ((8,), 1, "near"), ((8,), 2, "near")
+    assert [read(c) for c in asked] == [probe, probe, long, long, long, few] + [short, short, few]  # direct: post, qk, noise; no pre, no probe
+    near, direct = (json.loads((out / f"hypenet7m-{k}-seed0.json").read_text()) for k in ("near", "direct"))
+    assert list(near["scores"]) == list(direct["scores"]) == ["pre", "post", "qk", "noise"] and direct["probes"] == []
+    assert direct["scores"]["pre"] == {t: {x: near["scores"]["pre"][t][x] for x in xs} for t, xs in direct["scores"]["post"].items()}
+    assert near["pretraining"] == direct["pretraining"]
+
+    del asked[:]
+    run("smoke", out, kinds=("far",), variants=("qk",))  # its chains are another test: pre is evaluated on them
+    assert [read(c) for c in asked] == [((8,), 2, "far")] * 3
+    del asked[:]
+    run("smoke", out, kinds=("near", "direct"), variants=("qk", "vo"))  # only what is new
+    assert len(asked) == 2 and all("vo" in json.loads((out / f"hypenet7m-{k}-seed0.json").read_text())["scores"] for k in ("near", "direct"))
+
+
+def test_a_second_seed_of_fine_tuning_stands_beside_the_first(quick, asked, tmp_path):
+    out = run("smoke", tmp_path / "run", seed=2)
+    first = (out / "hypenet7m-near-seed2.json").read_bytes()
+    run("smoke", out, seed=2, sft_seed=1)
+    again = json.loads((out / "hypenet7m-near-seed2-sft1.json").read_text())
+    assert (again["seed"], again["sft_seed"]) == (2, 1) and (out / "hypenet7m-near-seed2.json").read_bytes() == first
+    a, b = weights(out / "near"), weights(out / "near-sft1")
+    assert any(not torch.equal(a[n], b[n]) for n in a) and again["sft"]["seed"] == 1002
+
+
+def test_frozen_slow_and_lora(quick, asked, tmp_path):
+    out = run("smoke", tmp_path / "run", kinds=("near", "frozen", "slow", "lora10"), variants=())
+    pre, near, frozen, slow, lora = (weights(out / name) for name in ("pre", "near", "frozen", "slow", "lora10"))
+    moved = lambda w, n: float((w[n] - pre[n]).norm())
+    for n in pre:
+        if re.search(QK, n): assert moved(frozen, n) == 0 < moved(slow, n) < .5 * moved(near, n)
+        elif re.search(VO, n): assert min(moved(frozen, n), moved(slow, n)) > .5 * moved(near, n) > 0
+        if n.endswith("_proj.weight"): assert 0 < moved(lora, n) and np.linalg.matrix_rank((lora[n] - pre[n]).numpy(), tol=.05 * moved(lora, n)) <= 16
+        elif "norm" in n or "embed" in n: assert moved(lora, n) == 0
+    HypeNetForCausalLM.from_pretrained(out / "lora10")
+
+
+def test_a_checkpoint_is_complete_or_not_there(quick, asked, tmp_path, monkeypatch):
+    out = run("smoke", tmp_path / "run", variants=())
+    model = AutoModelForCausalLM.from_pretrained(out / "near", dtype="auto")
+    assert model.dtype == torch.bfloat16 and model.config.lightning_conv_activation is None and model.generation_config.max_new_tokens == 128
+    assert AutoTokenizer.from_pretrained(out / "near")("BOS N k1")["input_ids"] == [token_id[w] for w in ("BOS", "N", "k1")]
+    before = (out / "near" / "model.safetensors").read_bytes()
+    experiment.save(model.float(), out / "near")  # saved again: the same
+    assert (out / "near" / "model.safetensors").read_bytes() == before and not list(out.glob("*.part"))
+    monkeypatch.setattr(HypeNetForCausalLM, "save_pretrained", lambda self, folder: folder.mkdir() or 1 / 0)
+    with pytest.raises(ZeroDivisionError): experiment.save(model, out / "other")
+    assert not (out / "other").exists()
+
+
+# ---- what is refused
+
+@pytest.mark.parametrize("wrong, why", [
+    (dict(model="gpt"), "no model is called 'gpt': choose from hypenet7m, silu7m"), (dict(kinds=("near", "quick")), "no kind of fine-tuning is called 'quick': choose from near, far"),
+    (dict(variants=("qk", "restored")), "no variant is called 'restored': choose from pre, post, qk"), (dict(profile="laptop"), "choose smoke"),
+    (dict(profile="colab"), "needs a CUDA GPU")])
+def test_unknown_names(wrong, why, tmp_path):
+    if torch.cuda.is_available() and wrong.get("profile") == "colab": pytest.skip("there is a GPU here")
+    with pytest.raises(CheckpointError, match=why): run(**{**dict(profile="smoke", out=tmp_path / "out"), **wrong})
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_that_are_not_the_runs(tmp_path):
     (tmp_path / "mine").mkdir()
-    with pytest.raises(CheckpointError, match="not a run"): run("smoke", tmp_path / "mine")
-    with pytest.raises(CheckpointError, match="choose from cot"): run("smoke", tmp_path / "new", kinds=("slow", "quick"))
-    with pytest.raises(CheckpointError, match="choose from hypenet7m"): run("smoke", tmp_path / "new", model="gpt")
+    with pytest.raises(CheckpointError, match="is not a run of this experiment: choose another folder"): run("smoke", tmp_path / "mine")
+    assert not list((tmp_path / "mine").iterdir())
+    with pytest.raises(CheckpointError, match="there is no folder .* to put run into: make it first"): run("smoke", tmp_path / "no" / "run")
+    assert not (tmp_path / "no").exists()
 
-    more = run("smoke", straight, seed=3, kinds=("frozen", "slow", "long", "lora"), full=True)  # more questions to the same checkpoints
-    added = json.loads((more / "results.json").read_text())
-    assert added["config"]["kinds"] == ["cot", "frozen", "long", "slow", "lora"]
-    assert {v: added["scores"][v] for v in result["scores"]} == result["scores"] and {"LiNeS 0.8", "head 1.0", "lora: restored"} <= added["scores"].keys()
-    assert "head 1.1" not in added["scores"]  # the smoke model has one head
-    pre, frozen, slow, full = (load_file(straight / name / "model.safetensors") for name in ("pre", "sft-frozen", "sft-slow", "post"))
-    for name in pre:
-        moved = lambda x: (x[name].float() - pre[name].float()).norm()
-        if re.search(r"layers\.[12]\.self_attn\.[qk]_proj", name): assert moved(frozen) == 0 < moved(slow) < moved(full)
-    assert any((frozen[n] != pre[n]).any() for n in pre)
+
+def test_a_profile_that_starts_from_the_shipped_model_has_only_that(tmp_path, monkeypatch):
+    monkeypatch.setitem(recipes, "smoke", recipes["colab"])
+    with pytest.raises(CheckpointError, match="starts from the shipped model, hypenet7m: use --profile gpu for late7m"):
+        run("smoke", tmp_path / "out", model="late7m")
 
 
 def test_memory_that_runs_out_names_the_setting(quick, tmp_path, monkeypatch):
     def full(*args): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    def broken(*args): raise RuntimeError("shapes do not fit")
     monkeypatch.setattr(experiment, "finetune", full)
-    with pytest.raises(CheckpointError, match="halve tokens"): run("smoke", tmp_path / "run")
+    with pytest.raises(CheckpointError, match="memory ran out with 1,024 tokens a step.*halve tokens"): run("smoke", tmp_path / "run")
     assert (tmp_path / "run" / "pre" / "model.safetensors").exists()
+    monkeypatch.setattr(experiment, "finetune", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"): run("smoke", tmp_path / "run")  # a mistake of ours stays one
 
 
-def test_the_longer_questions():
-    "Several values a key, and two hops: what is asked for stands in the haystack, in order, and the key leads to it."
-    for kind, spec in (("MV", dict(values=3)), ("HOP", dict(hops=2))):
-        batch = recall_test(kind, 3, 512, seed=4)
-        for row, ask in zip(batch["ids"], batch["ask"]):
-            text = decode(row)
-            for where in ask:
-                key, *link = re.search(r"QM (k\d+ k\d+) IS", decode(row[where[0] - 4:where[0]]))[1], *decode(row[where]).split()
-                found = re.findall(rf"N {key} IS ((?:\S+ )+?)DOT", text)
-                if kind == "HOP":
-                    assert [f.split() for f in found] == [link[:2]]
-                    key, link = " ".join(link[:2]), link[2:]
-                    found = re.findall(rf"N {key} IS ((?:\S+ )+?)DOT", text)
-                assert " ".join(found).split() == link and len(found) == spec.get("values", 1)
-    with pytest.raises(ValueError, match="do not fit"): recall_test("MV", 1, 150)
+# ---- the tables of kinds and models
+
+@pytest.mark.parametrize("kind", sfts)
+def test_every_kind_of_fine_tuning_makes_its_rows(kind):
+    sft = sfts[kind]
+    ids, w = sft_batch(0, **{**sft.data, "rows": 4})
+    assert ids.shape == (4, sft.data.get("T", 128)) and (w.sum(1) > 0).all()
+    assert min(sft.steps, sft.lr) > 0 and 0 <= sft.qk_lr <= 1 and (sft == SFT()) == (kind == "near")
 
 
-def test_several_seeds_in_one_command(quick, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(experiment, "run", lambda profile, out, seed, *rest: run("smoke", out, seed))
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with pytest.raises(SystemExit) as e: main(["experiment", "--profile", "smoke", "--out", str(tmp_path / "two"), "--seed", "1,3-3"])
-    assert not e.value.code and sorted(p.name for p in (tmp_path / "two").iterdir()) == ["seed1", "seed3"]
-    with pytest.raises(SystemExit) as e: main(["experiment", "--seed", "one"])
-    assert e.value.code == 2 and "give a number" in capsys.readouterr().err
+def test_packed_rows_are_compared_at_equal_loss_tokens():
+    loss = lambda kind: np.mean([float(sft_batch(s, **sfts[kind].data)[1].sum()) for s in range(4)])
+    near = loss("near")
+    for kind in ("packed", "borders"): assert loss(kind) * sfts[kind].steps == pytest.approx(near, rel=.03)
+    assert loss("wide") == pytest.approx(loss("packed_long"), rel=.03) and sfts["wide"].steps == sfts["packed_long"].steps == 1
+    assert sfts["borders"].borders and not sfts["packed"].borders and sfts["borders"].data == sfts["packed"].data
 
 
-@pytest.mark.parametrize("profile, words", [("laptop", "choose smoke"), ("colab", "profile")])
-def test_profiles_that_cannot_run(profile, words, tmp_path):
-    with pytest.raises(CheckpointError, match=words): run(profile, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("name, millions", [("hypenet7m", 7), ("silu7m", 7), ("first7m", 7), ("spread7m", 7), ("late7m", 7), ("softmax7m", 7),
+                                            ("hypenet16m", 16), ("hypenet42m", 42), ("hypenet100m", 100)])
+def test_every_model_can_be_built(name, millions):
+    with torch.device("meta"): model = HypeNetForCausalLM(HypeNetConfig(**{**model_fields, **models[name]}))
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=.15)
+    assert len(models) == 9 and ("linear_attention" in model.config.layer_types) == (name != "softmax7m")
 
 
-def test_demo(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "demo_sizes", dict(few, recall=dict(MF=[(256, 2, 4), (512, 2, 4)])))
-    a, b = demo(tmp_path / "a"), demo(tmp_path / "b")
-    first, second = (json.loads((f / "demo.json").read_text()) for f in (a, b))
-    assert first["scores"] == second["scores"] and first["scores"].keys() == {"pre", "post", "restored"}
-    assert "MF" in table(first["scores"]) and (a / "demo.png").stat().st_size > 5000
-    for name in ("pre", "post", "restored"): HypeNetForCausalLM.from_pretrained(a / name)
-    assert (a / "pre" / "model.safetensors").read_bytes() == (pair() / "pre" / "model.safetensors").read_bytes()
-    with pytest.raises(CheckpointError, match="exists"): demo(a)
-    monkeypatch.chdir(tmp_path)
-    assert [demo().name, demo().name] == ["qkrestore-demo", "qkrestore-demo-2"]
-
-
-def test_the_shipped_numbers_are_the_shipped_checkpoints():
-    "The record's MF score at 1K, asked again here: the same questions, another machine and float32 instead of bfloat16."
-    record = json.loads((pair() / "provenance.json").read_text())
-    sizes = next(s for s in record["config"]["recipe"]["recall"]["MF"] if s[0] == 1024)
-    model = HypeNetForCausalLM.from_pretrained(pair() / "post", dtype=torch.float32)
-    here = experiment.evaluate(model, dict(MF=[sizes]), steps=(), seed=record["seed"])["MF"]["1024"]
-    then = record["scores"]["post"]["MF"]["1024"]
-    assert here["n"] == then["n"] and abs(here["correct"] - then["correct"]) <= .03 * then["n"]
+def test_decisive_and_alternative_repairs_are_told_apart():
+    assert len({*decisive, *alternatives}) == len(decisive) + len(alternatives)

@@ -353,3 +353,55 @@ def test_missing_kernels_say_what_to_install():
     from qkrestore_nb.linear_attention import _fla
     if find_spec("fla"): pytest.skip("flash-linear-attention is installed here")
     with pytest.raises(ImportError, match="qkrestore_nb\\[gpu\\]"): _fla()
+
+
+def test_the_activation_behind_the_short_convolution(tmp_path):
+    "None is no activation, saved and loaded as null; SiLU is the default and what the reference has; they are different models."
+    ids, logits = torch.randint(1, 64, (2, 40), generator=torch.Generator().manual_seed(0)), {}
+    for activation in ("silu", None):
+        model = _tiny(lightning_use_short_conv=True, lightning_conv_activation=activation)
+        model.save_pretrained(tmp_path / str(activation))
+        assert json.loads((tmp_path / str(activation) / "config.json").read_text())["lightning_conv_activation"] == activation
+        again = HypeNetForCausalLM.from_pretrained(tmp_path / str(activation)).eval()
+        assert again.config.lightning_conv_activation == activation
+        with torch.no_grad():
+            logits[activation] = model(ids).logits
+            assert_close(again(ids).logits, logits[activation], atol=0, rtol=0)
+    default = _tiny(lightning_use_short_conv=True)
+    assert default.config.lightning_conv_activation == "silu"
+    with torch.no_grad(): assert_close(default(ids).logits, logits["silu"], atol=0, rtol=0)
+    assert (logits["silu"] - logits[None]).abs().max() > .1
+    x = torch.randn(2, 3, 32)
+    mixer = _tiny(lightning_use_short_conv=True, lightning_conv_activation=None).model.layers[0].self_attn
+    q, k, v = mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x)
+    one = mixer.short_conv(q, k, v, None, None)
+    for a, b in zip(mixer.short_conv(-2 * q, -2 * k, -2 * v, None, None), one): assert_close(a, -2 * b)  # nothing but linear
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_a_cache_says_what_the_whole_row_says_with_either_activation(activation):
+    from transformers import DynamicCache
+    model, ids = _tiny(lightning_use_short_conv=True, lightning_conv_activation=activation), torch.randint(1, 64, (2, 45))
+    with torch.no_grad():
+        whole, cache = model(ids).logits, DynamicCache(config=model.config)
+        assert_close(model(ids[:, :20], past_key_values=cache).logits, whole[:, :20], atol=5e-5, rtol=0)
+        assert_close(model(ids[:, 20:30], past_key_values=cache).logits, whole[:, 20:30], atol=5e-5, rtol=0)
+        for t in range(30, 45):
+            assert_close(model(ids[:, t:t + 1], past_key_values=cache).logits, whole[:, t:t + 1], atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_padding_and_documents_with_either_activation(activation):
+    model, ids = _tiny(lightning_use_short_conv=True, lightning_conv_activation=activation), torch.randint(1, 64, (1, 50))
+    padded, mask = torch.cat([torch.full((1, 7), 9), ids], 1), torch.tensor([[0] * 7 + [1] * 50])
+    positions = torch.cat([torch.arange(20), torch.arange(30)])[None]
+    with torch.no_grad():
+        assert_close(model(padded, attention_mask=mask).logits[:, 7:], model(ids).logits, atol=5e-5, rtol=0)
+        packed = model(ids, position_ids=positions, use_cache=False).logits
+        for where in (slice(0, 20), slice(20, 50)): assert_close(packed[:, where], model(ids[:, where]).logits, atol=5e-5, rtol=0)
+
+
+def test_an_unknown_activation_is_refused_in_one_sentence():
+    with pytest.raises(ValueError, match="lightning_conv_activation 'swishy'") as e:
+        _tiny(lightning_use_short_conv=True, lightning_conv_activation="swishy")
+    assert len(str(e.value)) <= 160 and "null" in str(e.value)

@@ -1,4 +1,4 @@
-"The restrictions of benchmarks/t4: what they tell, what they refuse, and that children have them. No GPU is needed: a larger one is pretended."
+"The restrictions of benchmarks/checks/t4: what they tell, what they refuse, and that children have them. No GPU is needed: a larger one is pretended."
 import json
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-T4 = ROOT / "benchmarks" / "t4"
+T4 = ROOT / "benchmarks" / "checks" / "t4"
 PRETEND = """
 import importlib.util, sys, types, torch
 spec = importlib.util.spec_from_file_location("t4", sys.argv[1])
@@ -93,7 +93,7 @@ assert torch.cuda.get_device_capability.__module__ == "sitecustomize"
 
 
 def test_notebooks_of_a_machine_without_a_gpu(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / "t4_like.py"), "--only", "00_core.ipynb", "08a_families.ipynb", "--jobs", "2", "--out", str(tmp_path / "out.json")]
+    command = [sys.executable, str(ROOT / "benchmarks" / "checks" / "t4_like.py"), "--only", "00_core.ipynb", "08a_families.ipynb", "--jobs", "2", "--out", str(tmp_path / "out.json")]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "out.json").read_text())

@@ -1,4 +1,4 @@
-"""The chunked form in plain PyTorch beside the quadratic one on this machine's CPU: `python benchmarks/linear_attention.py OUT`.
+"""The chunked form in plain PyTorch beside the quadratic one on this machine's CPU: `python benchmarks/speed/linear_attention.py OUT`.
 
 Forward and backward, interleaved, medians. The quadratic form stops where its T x T mask would not fit."""
 import json

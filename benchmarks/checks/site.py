@@ -1,4 +1,4 @@
-"""What the site is like: `python benchmarks/site.py` builds it and writes results/site.json.
+"""What the site is like: `python benchmarks/checks/site.py` builds it and writes results/site.json.
 
 Seconds of the build, pages, links, sizes; and Lighthouse's figures on a phone for three pages, if `lighthouse` is on the PATH
 (npm install lighthouse; CHROME_PATH says where the browser is). The pages come from this machine, compressed, as a web server sends them."""
@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from threading import Thread
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SITE, OUT = ROOT / "docs" / "site", ROOT / "results" / "site.json"
 PAGES, RUNS = ("index.html", "01_softmax_attention.html", "10a_seeds.html"), 3
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]

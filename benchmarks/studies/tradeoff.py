@@ -1,4 +1,4 @@
-"""Recall against reasoning over lam: `python benchmarks/tradeoff.py` adds to results/tradeoff.json until every variant is there.
+"""Recall against reasoning over lam: `python benchmarks/studies/tradeoff.py` adds to results/tradeoff.json until every variant is there.
 
 Variants of the shipped pair: QK-Pro in its three forms over lam, beside QK-Restore, Q only, K only, and interpolation towards pre
 of Q and K alone and of all weights. Each is asked MF at 1K, 2K and 4K tokens and 8-step chains. Stops after --minutes and goes on
@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 from qkrestore_nb.core import provenance
-from qkrestore_nb.experiment import evaluate, pair, pooled
+from qkrestore_nb.experiment import evaluate, pair
 from qkrestore_nb.families import planned_tensors
 from qkrestore_nb.hypenet import HypeNetForCausalLM
 from qkrestore_nb.procrustes import qk_pro
 from qkrestore_nb.restore import qk_restore
 
-OUT, SEED = Path(__file__).parent.parent / "results" / "tradeoff.json", 12
+OUT, SEED = Path(__file__).resolve().parents[2] / "results" / "tradeoff.json", 12
 sizes = dict(recall=dict(MF=[(1024, 8, 32), (2048, 4, 64), (4096, 4, 128)]), steps=(8,), problems=64)
 forms = {"input, matrix": dict(space="input"), "input, kv_head": dict(space="input", per="kv_head"), "head": dict(space="head")}
 lams, shares_qk, shares_all = (1e-2, 3e-2, .1, .3, 1., 10.), (.25, .5, .75), (.05, .1, .2, .3)
@@ -55,7 +55,7 @@ for name in variants:
     made["scores"][name] = evaluate(make(name), **sizes, seed=SEED)
     made["wall_s"] = round(made["wall_s"] + time.perf_counter() - then, 1)
     OUT.write_text(json.dumps(made, indent=1) + "\n")
-    share = lambda c: f"{100 * c['correct'] / c['n']:5.1f}"
-    print(f"{name:>30}  MF", *(share(c) for c in made["scores"][name]["MF"].values()), " chains", share(pooled(made["scores"][name], "8")),
-          f" {time.perf_counter() - then:5.1f} s", flush=True)
+    share = lambda *cells: f"{100 * sum(c['exact'] for c in cells) / sum(c['n'] for c in cells):5.1f}"
+    chains = share(*(x["8"] for test, x in made["scores"][name].items() if test.startswith("cot")))
+    print(f"{name:>30}  MF", *map(share, made["scores"][name]["MF"].values()), " chains", chains, f" {time.perf_counter() - then:5.1f} s", flush=True)
 print(f"{len(made['scores'])} of {len(variants)} variants")

@@ -1,6 +1,6 @@
 """How long a restore of checkpoint folders takes, beside cp and beside loading and saving, in one interleaved run.
 
-    python benchmarks/restore_files.py --gb 1 --runs 9 --out results/restore_files-1gb.json
+    python benchmarks/speed/restore_files.py --gb 1 --runs 9 --out results/restore_files-1gb.json
 
 Random bf16 shards, a pair of them; 6 of 24 layers are softmax. Each way is run in turn, --runs times, as a process of its own; medians are
 reported, with the peak memory of the process. The output of every way is removed outside the clock, and the disk is synced before each start."""

@@ -1,4 +1,4 @@
-"""Speed and memory of gradient_range: `python benchmarks/gradient_range.py OUT.json --device cuda` (T = 32,768, 8 heads of 64).
+"""Speed and memory of gradient_range: `python benchmarks/speed/gradient_range.py OUT.json --device cuda` (T = 32,768, 8 heads of 64).
 
 Beside it an ordinary forward and backward of the same model on the same batch. Peak memory is above what is allocated before
 the call; on a CPU it is not measured."""

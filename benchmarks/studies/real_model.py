@@ -1,4 +1,4 @@
-"""A real language model made a hybrid, fine-tuned, and repaired, stage by stage: `python benchmarks/real_model.py RUNS OUT [--minutes M] [--profile P] [--hybrid FOLDER] [--at-once N] [stage ...]`.
+"""A real language model made a hybrid, fine-tuned, and repaired, stage by stage: `python benchmarks/studies/real_model.py RUNS OUT [--minutes M] [--profile P] [--hybrid FOLDER] [--at-once N] [stage ...]`.
 
 Stages, in order: texts-N (drawn from the teacher), questions (what every model is asked), layers (which softmax layers stay), teacher (its recall
 and word problems), align, distil, long (distilling on longer texts), hybrid (its recall), data (how often each fine-tuning reads what it is given),
@@ -332,7 +332,8 @@ def repair(run, base, kind, seed, names):
         if time.monotonic() > run.until: raise TimeIsUp(name)
         if name == "pre": seen[name] = before(run, base)
         else:
-            model.float().load_state_dict(variant(name, a, b, pre.config, seed))
+            known = name.replace("restored", "qk").replace("interpolated", "average")  # records and chapters 12 keep their first names
+            model.float().load_state_dict(variant(known, a, b, pre.config, seed))
             seen[name] = asked(run, model)
         kept.write_text(json.dumps(seen))
         run.so_far(unfinished=f"{len(seen)} of {len(names)} variants", **scored(**seen))

@@ -1,6 +1,6 @@
 """Every notebook from top to bottom in the profile colab, on a larger GPU that has a T4's restrictions switched on (`t4/sitecustomize.py`).
 
-    python benchmarks/t4_like.py --jobs 8 --experiment --out results/t4-like.json
+    python benchmarks/checks/t4_like.py --jobs 8 --experiment --out results/t4-like.json
 
 Nothing is installed: what the notebooks and nbclient need has to be there. Each notebook has a process and two CPU cores to itself, and all share the GPU.
 With --experiment the run of chapter 10 (`qkrestore experiment --profile colab`) as well. Without a GPU the notebooks run in the profile smoke, and nothing is restricted."""
@@ -18,9 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MINUTES, LONGER = 5, {"10_amnesia.ipynb": 25, "experiment": 25}
-GB = runpy.run_path(str(ROOT / "benchmarks" / "t4" / "sitecustomize.py"))["GB"]  # under another name it restricts nothing
+GB = runpy.run_path(str(Path(__file__).with_name("t4") / "sitecustomize.py"))["GB"]  # under another name it restricts nothing
 RUN = """
 import os, sys, tempfile
 os.sched_setaffinity(0, {int(c) for c in sys.argv[1].split(",")})
@@ -65,7 +65,7 @@ NOT_IMITATED = ["the speed of a T4 (65 TFLOP/s in float16, 320 GB/s) and of Cola
 
 def start(command: list, copy: Path, peaks: Path, cores: int) -> subprocess.CompletedProcess:
     "A process that has the restrictions, as all its children will."
-    path = [ROOT / "benchmarks" / "t4", copy, *filter(None, [os.environ.get("PYTHONPATH")])]
+    path = [Path(__file__).resolve().with_name("t4"), copy, *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"} | dict(PYTHONPATH=os.pathsep.join(map(str, path)), T4_PEAKS=str(peaks), OMP_NUM_THREADS=str(cores), NVIDIA_TF32_OVERRIDE="0")
     return subprocess.run([sys.executable, *command], cwd=copy, env=env, capture_output=True, text=True)
 
@@ -114,7 +114,8 @@ def main() -> None:
         work = {n: ["-c", RUN, str(copy / "nbs" / n)] for n in names}
         if args.experiment: work = dict(experiment=["experiment.py", str(Path(folder) / "experiment")]) | work
         for name, row in zip(work, pool.map(lambda n: run(n, work[n], copy, cores, Path(folder)), work)): rows[name] = row
-        measured = json.loads((Path(folder) / "experiment" / "results.json").read_text()) if args.experiment and rows["experiment"]["passed"] else None
+        ran = args.experiment and rows["experiment"]["passed"]
+        measured = json.loads((Path(folder) / "experiment" / "hypenet7m-near-seed0.json").read_text()) if ran else None
     record = provenance(0, jobs=args.jobs, cores=args.cores, gpu_gb=GB, minutes=MINUTES, minutes_of_longer=LONGER, restrictions=RESTRICTIONS, not_imitated=NOT_IMITATED)
     record["config"]["restricted"] = check["profile"] == "colab"
     for name in ("numpy", "matplotlib", "tqdm", "typer", "accelerate", "triton", "flash-linear-attention", "ipykernel"):

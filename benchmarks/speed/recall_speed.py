@@ -1,7 +1,7 @@
-"""How fast recall is asked beside reading alone: `python benchmarks/recall_speed.py OUT.json [--tokens 65536]`.
+"""How fast recall is asked beside reading alone: `python benchmarks/speed/recall_speed.py OUT.json [--tokens 65536]`.
 
-The shipped `pre`, MF in batches of two rows. Asking is `recall.right`, from ids on the CPU to right or wrong on the CPU; reading is the model's forward of the
-same rows with the logits of the last token. Both in turns, one warm-up each."""
+The shipped `pre`, MF in batches of two rows. Asking is `recall.score`, exact match and look-up, from ids on the CPU to bits on the CPU;
+reading is the model's forward of the same rows with the logits of the last token. Both in turns, one warm-up each."""
 import argparse
 import json
 import statistics
@@ -13,7 +13,7 @@ import torch
 from qkrestore_nb.core import pick_profile, provenance
 from qkrestore_nb.experiment import pair
 from qkrestore_nb.hypenet import HypeNetForCausalLM
-from qkrestore_nb.recall import recall_test, right
+from qkrestore_nb.recall import recall_test, score
 
 ask = argparse.ArgumentParser()
 ask.add_argument("out", type=Path), ask.add_argument("--tokens", type=int, default=65536)
@@ -35,7 +35,7 @@ def seconds(work) -> float:
     return time.perf_counter() - then
 
 
-ways = dict(asking=lambda: right(model, batch, rows=2), reading=read)
+ways = dict(asking=lambda: score(model, batch, rows=2), reading=read)
 for way in ways.values(): way()
 rows = [{name: seconds(way) for name, way in ways.items()} for _ in range(args.repeats)]
 median = {name: statistics.median(r[name] for r in rows) for name in ways}

@@ -1,4 +1,4 @@
-"""What packed rows cost in the softmax layers: `python benchmarks/packing.py OUT.json [--repeats 5]`.
+"""What packed rows cost in the softmax layers: `python benchmarks/speed/packing.py OUT.json [--repeats 5]`.
 
 A hybrid of SmolLM2's width, two softmax and two linear layers, forward and backward of one row full of documents of 100 to 350 tokens. Ours takes the
 documents apart; its peer is the mask of T x T that transformers makes for packed rows, through the same fused attention. In turns, one warm-up each."""

@@ -1,6 +1,6 @@
 """Speed and memory of the linear layers and of HypeNet's 2B shape (random weights) on a GPU, beside flash-linear-attention's own.
 
-    python benchmarks/hypenet_gpu.py OUT [section ...]      sections: forms layer cold train prefill decode
+    python benchmarks/speed/hypenet_gpu.py OUT [section ...]      sections: forms layer cold train prefill decode
 
 One json a section in OUT. Peers run in the same process, interleaved, medians. Where flash-attn is missing, fla's model class gets PyTorch's
 flash attention under flash-attn's name (said in the json): both sides then use the same attention kernel.

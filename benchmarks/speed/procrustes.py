@@ -1,4 +1,4 @@
-"""QK-Pro at the shapes of the 9B's softmax layers beside the literal formulas: `python benchmarks/procrustes.py OUT [--device cuda] [--repeats 3]`.
+"""QK-Pro at the shapes of the 9B's softmax layers beside the literal formulas: `python benchmarks/speed/procrustes.py OUT [--device cuda] [--repeats 3]`.
 
 One layer of each is timed, interleaved, with random bf16 weights; all nine layers once with ours. Literal, head space: W transposed,
 the inverse of a d_model x d_model matrix for each key head. Literal, input space: the d_model x d_model projector. Left to right, input space:

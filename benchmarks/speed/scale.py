@@ -1,4 +1,4 @@
-"""HypeNet's published shapes at full size with random weights, on a GPU machine: `python benchmarks/scale.py OUT [section ...]`.
+"""HypeNet's published shapes at full size with random weights, on a GPU machine: `python benchmarks/speed/scale.py OUT [section ...]`.
 
 Sections: 2b 5b 9b (prefill and answers at 128K and 256K), fsdp_2b (fine-tuning on one GPU and on all that there are), restore_9b (a pair of
 17.7 GB checkpoints on this machine's disk), pro_9b (QK-Pro of all softmax layers on the GPU). One json each in OUT; what is finished is

@@ -1,4 +1,4 @@
-"""Whole-process figures on this machine: `python benchmarks/measure.py` writes results/demo.json and results/import.json.
+"""Whole-process figures on this machine: `python benchmarks/speed/measure.py` writes results/demo.json and results/import.json.
 
 The demo once, as a user runs it: wall time, peak memory and its scores. Importing qkrestore_nb.restore in a fresh
 interpreter, eleven times, beside an empty interpreter and beside importing torch, in turn."""
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qkrestore_nb.core import provenance
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def seconds(code: str) -> float:
