@@ -177,7 +177,8 @@ def _loss(model, rows, whole: float) -> torch.Tensor:
     device = next(model.parameters()).device
     ids, labels, weights = (torch.stack(x).to(device) for x in list(zip(*rows))[:3])
     logits = model(ids, use_cache=False).logits[:, :-1]
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="none", ignore_index=-100)
+    logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+    loss = F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="none", ignore_index=-100)
     return (loss * (weights[:, 1:].flatten() / whole).to(loss.dtype)).sum()
 
 # %% ../nbs/07_gradient_range.ipynb #6238b11b
@@ -252,8 +253,9 @@ class GradientRange:
         samples: int = 1000,        # of the bootstrap over sequences
         seed: int = 0,
     ) -> dict:
-        """W_grad by log-linear fit to g(tau) on 16 log-spaced bins, its R^2, and what needs no model: mean and median distance of the
-        gradient, its share beyond 128 tokens. Each figure as (value, low, high), 95%; low and high are nan for a single sequence."""
+        """What needs no model: mean and median distance of the gradient, its share beyond 128 tokens. Then W_grad by log-linear fit to
+        g(tau) on 16 log-spaced bins, with R^2 of it and of a power law, and whether the curve is `exponential`: a fit of R^2 .9 or
+        more, better than the power law's. Else W_grad is no length of this curve. Figures are (value, low, high), 95%; nan for a single sequence."""
         T, x = self.sums.shape[-1], self.pooled(layers, heads)
         reach = max(4, T // 2) if reach is None else reach
         edges = np.unique(np.round(np.geomspace(1, min(reach, T), 17)).astype(int))
@@ -261,10 +263,11 @@ class GradientRange:
         all_, drawn = _resampled(x, self.pairs, None, samples, seed)
         one, many = ({**fit_decay(middle, np.abs(_binned(s, edges)) / np.maximum(_binned(n, edges), 1)), **_distances(s, beyond)} for s, n in (all_, drawn))
         out: dict = dict(sequences=len(x), beyond_what=beyond)
-        for name in ("W", "mean", "median", "beyond"):
+        for name in ("mean", "median", "beyond", "W"):
             low, high = (math.nan, math.nan) if len(x) < 2 else np.percentile(many[name], [2.5, 97.5], method="nearest")
             out[name] = (float(one[name][0]), float(low), float(high))
-        return out | dict(r2=float(one["r2"][0]), r2_power=float(one["r2_power"][0]), c=float(one["c"][0]))
+        r2, power = float(one["r2"][0]), float(one["r2_power"][0])
+        return out | dict(r2=r2, r2_power=power, exponential=r2 >= .9 and r2 > power, c=float(one["c"][0]))
 
     def table(self, **kwargs) -> list[dict]:
         "One row for each layer and head: layer, kind, head and `summary` with its intervals as columns. pandas.DataFrame takes it."
@@ -272,8 +275,8 @@ class GradientRange:
         for i, layer in enumerate(self.layers):
             for head in range(self.sums.shape[2]):
                 s = self.summary([layer], [head], **{"samples": 200, **kwargs})
-                flat = {f"{n}{end}": v for n in ("W", "mean", "median", "beyond") for end, v in zip(("", "_low", "_high"), s[n])}
-                rows.append(dict(layer=layer, kind=self.kinds[i], head=head, **flat, r2=s["r2"], r2_power=s["r2_power"]))
+                flat = {f"{n}{end}": v for n in ("mean", "median", "beyond", "W") for end, v in zip(("", "_low", "_high"), s[n])}
+                rows.append(dict(layer=layer, kind=self.kinds[i], head=head, **flat, r2=s["r2"], r2_power=s["r2_power"], exponential=s["exponential"]))
         return rows
 
     def plot(self, ax=None, label: str = "", fit: bool = False, **kwargs) -> "Axes":
@@ -328,15 +331,25 @@ def _sound(do: torch.Tensor, layer: int) -> torch.Tensor:
     return do.to(torch.promote_types(do.dtype, torch.float32))
 
 
+def _chosen(layers):
+    "takes(layer, kind): whether a layer was asked for. ValueError for a word that means nothing."
+    if isinstance(layers, str) and layers not in ("softmax", "linear", "all"):
+        raise ValueError(f"layers={layers!r}: choose softmax, linear, all, or layer numbers")
+    if isinstance(layers, (str, type(None))): return lambda layer, kind: layers == "all" or kind == (layers or "softmax")
+    return lambda layer, kind: layer in set(layers)
+
+
 def _nothing(model, layers):
     "Why no layer was seen."
     kinds = getattr(model.config, "layer_types", None)
-    if layers == "linear": raise ValueError("no linear layer was seen: those of HypeNet are known here, and this model has none")
-    if not isinstance(layers, (str, type(None))): raise ValueError(f"layers={list(layers)}: none of these is a layer whose attention can be measured here")
+    if layers == "linear":
+        raise ValueError("no linear layer was seen: those of HypeNet are known here, and this model has none")
+    if not isinstance(layers, (str, type(None))):
+        raise ValueError(f"layers={list(layers)}: none of these is a layer whose attention can be measured here")
     if kinds and not any("attention" in k and "linear" not in k for k in kinds):
-        raise ValueError('the model has no softmax layer: its gradient range is that of its linear layers, layers="linear"')
-    raise ValueError(f"no softmax layer of {type(model).__name__} asks transformers for its attention function (ALL_ATTENTION_FUNCTIONS), "
-                     "so that nothing can be recorded: use the model's version in transformers instead of remote code")
+        raise ValueError('the model has no softmax layer: measure its linear layers with layers="linear"')
+    raise ValueError(f"no softmax layer of {type(model).__name__} asks transformers for its attention function, so that "
+                     "nothing can be recorded: use transformers' own version of the model")
 
 
 def _stored(sums, found, kinds, group, B, T):
@@ -346,6 +359,38 @@ def _stored(sums, found, kinds, group, B, T):
         x = x.cpu().numpy()
         sums.setdefault(layer, np.zeros((B, x.shape[1], T), x.dtype))[group, :, :x.shape[2]] = x
     return sums
+
+# %% ../nbs/07_gradient_range.ipynb #7b2d90aa
+def _lift(model) -> float:
+    "What the loss is multiplied by: float16 has no numbers below 6e-8. Divide gradients by it, in float32."
+    return 2. ** 10 if next(model.parameters()).dtype == torch.float16 else 1.
+
+
+def _passes(
+    model,
+    rows: list[tuple],  # of `_rows`
+    layers,             # as the user named them
+    tokens: int,        # at most so many in one forward, unless a row is longer
+    on_softmax,         # callbacks of `recorded`
+    on_linear,
+    kinds: dict,        # layer -> kind, filled by the callbacks
+    found: dict,        # layer -> what was measured in this pass, filled by hooks on gradients; emptied before each pass
+) -> Iterator[tuple[list[int], float]]:
+    "Forward and backward of the batch's mean loss, rows of equal length together: which rows, and their part of the loss."
+    whole = sum(float(w.sum()) for _, _, w, _ in rows)
+    with recorded(model, on_softmax, on_linear), torch.enable_grad():
+        for group in _groups(rows, tokens):
+            found.clear()
+            loss = _loss(model, [rows[i] for i in group], whole)
+            if not kinds: _nothing(model, layers)
+            if not loss.isfinite():
+                raise ValueError("the loss is not finite: check the weights, or run the model in bfloat16 or float32")
+            (loss * _lift(model)).backward()
+            if missing := kinds.keys() - found.keys():
+                raise ValueError(f"no gradient came back to layer {min(missing)}: its output does not reach the loss")
+            yield group, loss.item()
+    if not isinstance(layers, (str, type(None))) and (strange := sorted(set(layers) - kinds.keys())):
+        raise ValueError(f"layer {strange[0]} is not a layer whose attention can be measured: {sorted(kinds)} are")
 
 # %% ../nbs/07_gradient_range.ipynb #95323e3a
 def gradient_range(
@@ -361,13 +406,9 @@ def gradient_range(
     """g(tau) = E|dL/de_{t,t-tau}|: how strongly the batch's mean loss pulls on logits between tokens tau apart (arXiv 2606.11052, 4.6).
     Exact; memory grows with T. Raises ValueError where there is nothing to measure, or where half precision has spoilt it."""
     if normalise not in ("pair", "token", "share"): raise ValueError(f"normalise={normalise!r}: choose pair, token or share")
-    if isinstance(layers, str) and layers not in ("softmax", "linear", "all"):
-        raise ValueError(f"layers={layers!r}: choose softmax, linear, all, or layer numbers")
-    rows = _rows(batch)
-    whole, T = sum(float(w.sum()) for _, _, w, _ in rows), max(len(x) for x, *_ in rows)
-    edges = _edges(bins, T)
-    wanted = None if layers is None or isinstance(layers, str) else sorted(set(layers))
-    kinds, total, found = {}, 0., {}
+    takes, rows = _chosen(layers), _rows(batch)
+    T, lift = max(len(x) for x, *_ in rows), _lift(model)
+    edges, kinds, total, found, sums = _edges(bins, T), {}, 0., {}, None
 
     def watch(layer, o, measure):
         "Ask for the gradient of o, and measure as soon as it comes."
@@ -376,35 +417,26 @@ def gradient_range(
         return o
 
     def on_softmax(layer, q, k, v, o, mask, scale):
-        if layers == "linear" or wanted is not None and layer not in wanted: return
+        if not takes(layer, "softmax"): return
         kinds[layer], (q, k, v, out) = "softmax", (x.detach() for x in (q, k, v, o))
         return watch(layer, o, lambda do: _softmax_by_distance(q, k, v, out, do, scale, mask, signed))
 
     def on_linear(layer, q, k, v, o, decay):
-        if layers not in ("linear", "all") and (wanted is None or layer not in wanted): return
+        if not takes(layer, "linear"): return
         kinds[layer], v = "linear", v.detach()
         return watch(layer, o, lambda do: _linear_by_distance(v, do, decay if raw else None, signed))
 
-    # float16 has no numbers below 6e-8: lift the loss, and divide again in float32
-    lift, sums = (2. ** 10 if next(model.parameters()).dtype == torch.float16 else 1.), None
-    with recorded(model, on_softmax, on_linear), torch.enable_grad():
-        for group in _groups(rows, tokens):
-            found.clear()
-            loss = _loss(model, [rows[i] for i in group], whole)
-            if not kinds: _nothing(model, layers)
-            if not loss.isfinite(): raise ValueError("the loss is not finite: check the weights, or run the model in bfloat16 or float32")
-            (loss * lift).backward()
-            if missing := kinds.keys() - found.keys(): raise ValueError(f"no gradient came back to layer {min(missing)}: its output does not reach the loss")
-            total, sums = total + loss.item(), _stored(sums, found, kinds, group, len(rows), T)
-    if wanted is not None and (strange := sorted(set(wanted) - kinds.keys())):
-        raise ValueError(f"layer {strange[0]} is not a layer whose attention can be measured: {sorted(kinds)} are")
+    for group, loss in _passes(model, rows, layers, tokens, on_softmax, on_linear, kinds, found):
+        total, sums = total + loss, _stored(sums, found, kinds, group, len(rows), T)
     order = sorted(kinds)
-    if len({sums[i].shape[1] for i in order}) > 1: raise ValueError("the layers have different numbers of heads: measure them one kind at a time")
+    if len({sums[i].shape[1] for i in order}) > 1:
+        raise ValueError("the layers have different numbers of heads: measure them one kind at a time")
     sums = np.stack([sums[i] for i in order], 1)
     pairs = np.stack([np.maximum(len(x) - np.arange(T), 0) for x, *_ in rows]).astype(float)
     n, d = _binned(pairs.sum(0), edges), _binned(pairs.sum(0) * np.arange(T), edges)
     g = _normalised(_binned(sums.sum(0, dtype=float), edges), n, normalise)
-    return GradientRange(np.divide(d, n, out=np.zeros_like(d), where=n > 0), g, order, [kinds[i] for i in order], normalise, total, edges, sums, pairs)
+    tau = np.divide(d, n, out=np.zeros_like(d), where=n > 0)
+    return GradientRange(tau, g, order, [kinds[i] for i in order], normalise, total, edges, sums, pairs)
 
 # %% ../nbs/07_gradient_range.ipynb #33e15cab
 def autocorrelation(
