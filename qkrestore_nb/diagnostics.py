@@ -140,7 +140,7 @@ def recorded(
 # %% ../nbs/07_gradient_range.ipynb #e26ba129
 def _rows(batch) -> list[tuple]:
     "A batch in any of its forms as rows (ids, labels, weights), padding and everything after the last label cut off."
-    if isinstance(batch, torch.Tensor): batch = dict(input_ids=batch)
+    if isinstance(batch, (torch.Tensor, np.ndarray)): batch = dict(input_ids=batch)
     elif not hasattr(batch, "keys"): batch = dict(input_ids=batch[0], weights=batch[1])
     ids = torch.as_tensor(batch["input_ids"])
     if ids.ndim != 2: raise ValueError(f"ids must be (B, T) and are {tuple(ids.shape)}")
