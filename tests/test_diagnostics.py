@@ -186,8 +186,8 @@ class Unhookable(torch.nn.Module):
         self.config = GPT2Config(n_layer=1)
         self.embed = torch.nn.Embedding(64, 64)
 
-    def forward(self, ids, **kwargs):
-        x = self.embed(ids)
+    def forward(self, input_ids, **kwargs):
+        x = self.embed(input_ids)
         return type("Out", (), dict(logits=F.scaled_dot_product_attention(x, x, x, is_causal=True)))
 
 
