@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from qkrestore_nb.core import provenance
-from qkrestore_nb.diagnostics import autocorrelation, fit_decay, gradient_range
+from qkrestore_nb.diagnostics import autocorrelation, fit_decay, gradient_range, recall_batch
 from qkrestore_nb.drift import attention_reach, drift, far_directions, needle_places, retrieval_scores
 from qkrestore_nb.projections import far_bound, projection_gradients, roles
 from qkrestore_nb.recall import recall_test
@@ -63,10 +63,7 @@ def batch(said: str, step: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         got = make[1](np.random.default_rng([seed, step]), fields.pop("B"), fields.pop("T"), **fields)
     elif "step" in inspect.signature(make).parameters: got = make(step, **{"seed": seed} | fields)
     else: got = make(**{"seed": seed + step} | fields)
-    if isinstance(got, dict):
-        weights = np.zeros(got["ids"].shape)
-        np.put_along_axis(weights, got["ask"].reshape(len(weights), -1), 1., 1)
-        got = got["ids"], weights
+    if isinstance(got, dict): got = recall_batch(got)
     return tuple(torch.as_tensor(np.ascontiguousarray(x)) for x in got)
 
 

@@ -17,13 +17,21 @@ from .diagnostics import _blocks, _chosen, _edges, _lift, _passes, _rows, _sound
 
 if TYPE_CHECKING: from matplotlib.axes import Axes
 
-# %% ../nbs/07a_projections.ipynb #a1772cf4
+# %% ../nbs/07a_projections.ipynb #8ca19f8b
+def _cut(x, t, s, near, far, value):
+    "Write `value` onto the pairs of x (..., n, w) that lie outside the bin: they stand in the first n columns and in the last."
+    n, w = x.shape[-2:]
+    for ends in [slice(None)] if w <= 2 * n else [slice(0, n), slice(w - n, w)]:
+        tau = t[:, None] - s[ends]
+        x[..., ends].masked_fill_((tau < near) | (tau >= far), value)
+
+
 def _by_bin(
     q: torch.Tensor,  # (N, G, T, D) queries, scaled; G of them share a key
     k: torch.Tensor,  # (N, T, D)
     v: torch.Tensor,  # (N, T, D)
     do: torch.Tensor, # (N, G, T, D) gradient of the output
-    weigh: Callable,  # weigh(rows, columns, outside) -> (P, dL/de), both (N, G n, w), zero where `outside` (n, w) is True
+    weigh: Callable,  # weigh(rows, columns, cut) -> (P, dL/de), both (N, G n, w); cut(x, value) writes value onto pairs outside the bin
     near: int,        # the bin: near <= t - s < far
     far: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -34,8 +42,7 @@ def _by_bin(
     for first in range(near, T, block):
         n = min(block, T - first)
         rows, columns = slice(first, first + n), slice(max(0, first - far + 1), first + n - near)
-        tau = t[rows, None] - t[columns]
-        p, de = weigh(rows, columns, (tau < near) | (tau >= far))
+        p, de = weigh(rows, columns, lambda x, value: _cut(x, t[rows], t[columns], near, far, value))
         dq[:, :, rows] = (de @ k[:, columns]).unflatten(1, (G, n))
         o[:, :, rows] = (p @ v[:, columns]).unflatten(1, (G, n))
         dk[:, columns].baddbmm_(de.mT, q[:, :, rows].flatten(1, 2))
@@ -66,10 +73,10 @@ def _add(e, mask, rows, columns):
 def _softmax_pairs(q, k, v, o, do, mask=None) -> Callable:
     "`weigh` of softmax attention: P and P (do v - do o)."
     lse, delta = _log_sums(q, k, mask), (o * do).sum(-1, keepdim=True)
-    def weigh(rows, columns, outside):
+    def weigh(rows, columns, cut):
         at = lambda x: x[:, :, rows].flatten(1, 2)
         e = torch.baddbmm(-at(lse), at(q), k[:, columns].mT).unflatten(1, (q.shape[1], -1))
-        e.masked_fill_(outside, -math.inf)
+        cut(e, -math.inf)
         if mask is not None: _add(e, mask, rows, columns)
         p = e.exp_().flatten(1, 2)
         return p, torch.baddbmm(-at(delta), at(do), v[:, columns].mT).mul_(p)
@@ -78,10 +85,10 @@ def _softmax_pairs(q, k, v, o, do, mask=None) -> Callable:
 
 def _linear_pairs(q, k, v, do, decay) -> Callable:
     "`weigh` of linear attention in its quadratic form: decay times <q, k> and decay times <do, v>. decay (N,), a logarithm."
-    def weigh(rows, columns, outside):
-        at = lambda x: x[:, :, rows].flatten(1, 2)
-        tau = torch.arange(rows.start, rows.stop, device=q.device)[:, None] - torch.arange(columns.start, columns.stop, device=q.device)
-        kept = (decay[:, None, None] * tau).exp_().masked_fill_(outside, 0)
+    def weigh(rows, columns, cut):
+        at, t = lambda x: x[:, :, rows].flatten(1, 2), torch.arange(q.shape[2], device=q.device)
+        kept = (decay[:, None, None] * (t[rows, None] - t[columns])).exp_()
+        cut(kept, 0)
         return (at(q) @ k[:, columns].mT).mul_(kept), (at(do) @ v[:, columns].mT).mul_(kept)
     return weigh
 

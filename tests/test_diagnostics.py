@@ -127,9 +127,8 @@ def test_normalised_and_binned():
     rows, s = r.table(), r.summary()
     assert len(rows) == 8 and {"layer", "head", "W", "W_low", "W_high", "median", "beyond", "r2"} <= rows[0].keys()
     for name in ("W", "mean", "median", "beyond"): assert s[name][1] <= s[name][0] * 1.5 and s[name][1] <= s[name][2]
-    import matplotlib
-    matplotlib.use("Agg")
-    assert len(r.plot().lines) == 2
+    import matplotlib.pyplot as plt
+    assert len(r.plot(plt.figure().gca()).lines) == 2
 
 
 def test_model_is_left_as_it_was():

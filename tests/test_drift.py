@@ -113,11 +113,10 @@ def test_drift_says_what_was_moved():
     groups = drift(pre, post).groups()
     assert groups["mlp"]["relative"] == 0 and groups["softmax V"]["relative"] == 0 and groups["softmax K"]["angle"] > 1
     assert {t.name: t.norm for t in drift(pre.state_dict(), post.state_dict()).tensors if t.name in moved} == {n: t.norm for n, t in moved.items()}
-    import matplotlib
-    matplotlib.use("Agg")
-    drift(pre, post).plot()
-    attention_reach(pre, text(2, 32)).plot()
-    retrieval_scores(pre, text(1, 32), np.full((1, 1, 1), 20), np.full((1, 1, 1), 3)).plot()
+    import matplotlib.pyplot as plt
+    assert len(drift(pre, post).plot(plt.figure().gca()).patches) == len(groups)
+    assert len(attention_reach(pre, text(2, 32)).plot(plt.figure().gca()).collections) == 2
+    assert len(retrieval_scores(pre, text(1, 32), np.full((1, 1, 1), 20), np.full((1, 1, 1), 3)).plot(plt.figure().gca()).lines[0].get_xdata()) == 8
 
 
 def test_layers_of_any_model():

@@ -213,9 +213,8 @@ def test_a_loop_of_one_s_own():
             assert (reading is None) == bool(step % 2)
             if monitor.fallen: break
     assert monitor.fallen and reading.logs()["recall/exact"] < .8
-    import matplotlib
-    matplotlib.use("Agg")
-    assert len(monitor.plot().lines) == 3
+    recall, loss, moved = monitor.plot()
+    assert [len(ax.lines) for ax in (recall, loss, moved)] == [2, 1, 2] and list(recall.lines[0].get_xdata()) == [r.step for r in monitor.readings]
 
 
 SHARDED = """

@@ -153,11 +153,12 @@ def test_summaries():
     np.testing.assert_allclose(share, r.norms[..., 2] / r.norms.sum(-1))
     value, low, high = r.interval(8)
     assert ((low <= value) & (value <= high)).all() and (low < high).all()
+    d, low, high = r.contrast(8)
+    assert low < d < high and d == pytest.approx(value[:, 2:].mean() - value[:, :2].mean())
     np.testing.assert_allclose((r.density() * np.diff(r.edges)).sum(-1), 1)
     assert len(r.table(8)) == 8 and r.table(8)[1]["share"] == pytest.approx(share[0, 1])
-    import matplotlib
-    matplotlib.use("Agg")
-    assert len(r.plot().lines) == 4 and len(r.plot(2, rho=.9).lines) > 4
+    import matplotlib.pyplot as plt
+    assert len(r.plot(ax=plt.figure().gca()).lines) == 4 and len(r.plot(2, plt.figure().gca(), rho=.9).lines) == 5
     b = far_bound(r.edges, .9, r.density()[0, :2])
     assert b[1] == pytest.approx(r.density()[0, :2, 1].max()) and (np.diff(b) < 0).all()
 
