@@ -16,17 +16,19 @@ import torch
 from .diagnostics import _blocks, _chosen, _groups, _nothing, _rows, recorded
 from .projections import _log_sums
 
-if TYPE_CHECKING: from matplotlib.axes import Axes
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # %% ../nbs/07b_drift.ipynb #434ea369
 def effective_rank(
     x: torch.Tensor,  # (n, m), or (n,) counted as one row
 ) -> float:
-    "(sum s^2)^2 / sum s^4 over the singular values s: r for r equal ones; 0 for a matrix of zeros. From the smaller Gram matrix."
+    """(sum s^2)^2 / sum s^4 over the singular values s: r for r equal ones; 0 for a matrix of zeros. From the
+    smaller Gram matrix."""
     x = torch.atleast_2d(x).to(torch.promote_types(x.dtype, torch.float32))
     x = x / x.abs().max().clamp(min=1e-30)
     gram = x @ x.mT if len(x) <= x.shape[1] else x.mT @ x
-    return float(gram.trace() ** 2 / gram.square().sum()) if gram.any() else 0.
+    return float(gram.trace() ** 2 / gram.square().sum()) if gram.any() else 0.0
 
 # %% ../nbs/07b_drift.ipynb #0e36eea1
 _roles = dict(q_proj="Q", k_proj="K", v_proj="V", o_proj="O", out_proj="O", dense="O")
@@ -35,69 +37,90 @@ _roles = dict(q_proj="Q", k_proj="K", v_proj="V", o_proj="O", out_proj="O", dens
 def softmax_layers(
     model,  # of transformers, or anything with a config
 ) -> set[int] | None:
-    "The numbers of the softmax layers: by the table of families, else by the config's layer_types. None: no config says, so all layers are."
+    """The numbers of the softmax layers: by the table of families, else by the config's layer_types. None: no config
+    says, so all layers are."""
     from qkrestore_nb.families import layer_kinds, words
+
     config = getattr(model, "config", None)
-    if config is None: return None
-    try: kinds = layer_kinds(config if isinstance(config, Mapping) else config.to_dict())
-    except ValueError: kinds = [words.get(k, k) for k in getattr(config, "layer_types", None) or []]
+    if config is None:
+        return None
+    try:
+        kinds = layer_kinds(dict(config) if isinstance(config, Mapping) else config.to_dict())
+    except ValueError:
+        kinds = [words.get(k, k) for k in getattr(config, "layer_types", None) or []]
     return {i for i, kind in enumerate(kinds) if kind in ("softmax", "swa")} if kinds else None
 
 
 def group_of(
-    name: str,                     # of a tensor
+    name: str,  # of a tensor
     softmax: set[int] | None = None,  # numbers of the softmax layers; None: all
 ) -> str:
     "softmax Q, K, V or O; linear Q, K, V or O; mlp, norm, embedding or other."
     from qkrestore_nb.families import layer_number
+
     parts = name.split(".")
     if role := next((_roles[p] for p in parts if p in _roles), None):
         kind = "softmax" if softmax is None or layer_number(name) in softmax else "linear"
         return f"{kind} {role}"
-    if any("norm" in p for p in parts): return "norm"
-    if any("mlp" in p or "expert" in p for p in parts): return "mlp"
+    if any("norm" in p for p in parts):
+        return "norm"
+    if any("mlp" in p or "expert" in p for p in parts):
+        return "mlp"
     return "embedding" if any("embed" in p or p == "lm_head" for p in parts) else "other"
 
 # %% ../nbs/07b_drift.ipynb #1f723f8d
 @dataclass
 class TensorDrift:
     "How one tensor moved."
+
     name: str
     group: str
     layer: int | None
-    norm: float              # of the difference
-    size: float              # norm of the tensor before
-    rank: float              # effective rank of the difference; 0 where nothing moved
-    angles: list[float] = field(default_factory=list)  # degrees, the largest principal angle of each head; softmax Q and K only
-    far: float = math.nan    # share of the difference in the directions that carry far pairs
-    near: float = math.nan   # the same for as many directions that carry near pairs
-    chance: float = math.nan # what a difference without a preference would have
+    norm: float  # of the difference
+    size: float  # norm of the tensor before
+    rank: float  # effective rank of the difference; 0 where nothing moved
+    angles: list[float] = field(
+        default_factory=list
+    )  # degrees, the largest principal angle of each head; softmax Q and K only
+    far: float = math.nan  # share of the difference in the directions that carry far pairs
+    near: float = math.nan  # the same for as many directions that carry near pairs
+    chance: float = math.nan  # what a difference without a preference would have
 
     @property
-    def relative(self) -> float: return self.norm / self.size if self.size else math.nan
+    def relative(self) -> float:
+        return self.norm / self.size if self.size else math.nan
 
 
 @dataclass
 class Drift:
     "What `drift` measured, a tensor at a time."
+
     tensors: list[TensorDrift]
 
     def groups(self) -> dict[str, dict]:
-        "Each group: relative norm of all its tensors together, mean effective rank, mean largest angle, mean shares in far and near directions."
+        """Each group: relative norm of all its tensors together, mean effective rank, mean largest angle, mean
+        shares in far and near directions."""
         out = {}
         for group in sorted({t.group for t in self.tensors}):
             some = [t for t in self.tensors if t.group == group]
-            size = math.sqrt(sum(t.size ** 2 for t in some))
+            size = math.sqrt(sum(t.size**2 for t in some))
             mean = lambda x: float(np.mean(x)) if (x := [v for v in x if not math.isnan(v)]) else math.nan
-            out[group] = dict(relative=math.sqrt(sum(t.norm ** 2 for t in some)) / size if size else math.nan, rank=mean([t.rank for t in some]),
-                              angle=mean([a for t in some for a in t.angles]), far=mean([t.far for t in some]), near=mean([t.near for t in some]),
-                              chance=mean([t.chance for t in some]), tensors=len(some))
+            out[group] = dict(
+                relative=math.sqrt(sum(t.norm**2 for t in some)) / size if size else math.nan,
+                rank=mean([t.rank for t in some]),
+                angle=mean([a for t in some for a in t.angles]),
+                far=mean([t.far for t in some]),
+                near=mean([t.near for t in some]),
+                chance=mean([t.chance for t in some]),
+                tensors=len(some),
+            )
         return out
 
     def plot(self, ax=None) -> "Axes":
         "Relative norm of each group, softmax orange and linear grey."
         import matplotlib.pyplot as plt
         from qkrestore_nb.core import colors
+
         ax, groups = plt.gca() if ax is None else ax, self.groups()
         shades = [colors.get(g.split()[0], "#333333") for g in groups]
         ax.barh(list(groups), [100 * g["relative"] for g in groups.values()], color=shades)
@@ -115,8 +138,10 @@ def _weights(model) -> dict:
 def _heads(model, role: str) -> int | None:
     "How many heads a softmax layer's Q or K has."
     from qkrestore_nb.families import text_config
+
     config = getattr(model, "config", None)
-    if config is None: return None
+    if config is None:
+        return None
     inner = text_config(config.to_dict())
     H = inner.get("num_attention_heads")
     return H if role == "Q" else inner.get("num_key_value_heads") or H
@@ -125,29 +150,51 @@ def _heads(model, role: str) -> int | None:
 def _angles(x, y, heads: int | None) -> list[float]:
     "The largest principal angle of each head, where heads divide the rows and are narrower than the input."
     from qkrestore_nb.inspection import principal_angles
-    if not heads or len(x) % heads or len(x) // heads >= x.shape[1]: return []
-    return [float(principal_angles(a, b)[0]) for a, b in zip(*(w.float().cpu().numpy().reshape(heads, -1, x.shape[1]) for w in (x, y)))]
+
+    if not heads or len(x) % heads or len(x) // heads >= x.shape[1]:
+        return []
+    return [
+        float(principal_angles(a, b)[0])
+        for a, b in zip(*(w.float().cpu().numpy().reshape(heads, -1, x.shape[1]) for w in (x, y)))
+    ]
 
 
 def drift(
-    pre,   # before: a model or a state dict
+    pre,  # before: a model or a state dict
     post,  # after, of the same names and shapes
-    directions: "dict[tuple[int, str], FarDirections] | None" = None,  # of `far_directions`: adds the shares in far and near directions
-    angles: bool = True,  # of the heads of softmax Q and K; they need a model, whose config says how many heads there are
+    directions: "dict[tuple[int, str], FarDirections] | None" = None,  # of `far_directions`: adds the shares in far
+                                                                       # and near directions
+    angles: bool = True,  # of the heads of softmax Q and K; they need a model, whose config says how many heads there
+                          # are
 ) -> Drift:
     "How every tensor moved. Raises ValueError for checkpoints whose tensors do not match."
     from qkrestore_nb.families import layer_number
+
     a, b, softmax, out = _weights(pre), _weights(post), softmax_layers(pre), []
-    if odd := sorted(a.keys() ^ b.keys()): raise ValueError(f"{odd[0]} is in one of pre and post only: compare checkpoints of one model")
+    if odd := sorted(a.keys() ^ b.keys()):
+        raise ValueError(f"{odd[0]} is in one of pre and post only: compare checkpoints of one model")
     for name, x in a.items():
         y = b[name].to(x.device)
-        if x.shape != y.shape: raise ValueError(f"{name} is {list(x.shape)} in pre and {list(y.shape)} in post: compare checkpoints of one model")
-        if not x.is_floating_point(): continue
+        if x.shape != y.shape:
+            raise ValueError(
+                f"{name} is {list(x.shape)} in pre and {list(y.shape)} in post: compare checkpoints of one model"
+            )
+        if not x.is_floating_point():
+            continue
         d, group, layer = y.double() - x.double(), group_of(name, softmax), layer_number(name)
-        t = TensorDrift(name, group, layer, d.norm().item(), x.double().norm().item(), effective_rank(d.float().flatten(1) if d.ndim > 1 else d.float()))
+        t = TensorDrift(
+            name,
+            group,
+            layer,
+            d.norm().item(),
+            x.double().norm().item(),
+            effective_rank(d.float().flatten(1) if d.ndim > 1 else d.float()),
+        )
         if group in ("softmax Q", "softmax K") and name.endswith(".weight") and x.ndim == 2 and t.norm:
-            if angles: t.angles = _angles(x, y, _heads(pre, group[-1]))
-            if found := (directions or {}).get((layer, group[-1])): t.far, t.near, t.chance = found.shares(d)
+            if angles:
+                t.angles = _angles(x, y, _heads(pre, group[-1]))
+            if directions and (found := directions.get((layer or 0, group[-1]))):
+                t.far, t.near, t.chance = found.shares(d)
         out.append(t)
     return Drift(out)
 
@@ -155,9 +202,10 @@ def drift(
 @dataclass
 class FarDirections:
     "The input directions that far and near pairs pass through, of one layer's Q or K."
-    far: torch.Tensor   # (d, r) orthonormal
+
+    far: torch.Tensor  # (d, r) orthonormal
     near: torch.Tensor  # (d, r)
-    mass: float         # share of the attention that is far
+    mass: float  # share of the attention that is far
 
     def shares(self, difference: torch.Tensor) -> tuple[float, float, float]:
         "Of a difference (out, d) of weights: its share in far directions, in near ones, and r / d."
@@ -167,8 +215,10 @@ class FarDirections:
 
 
 def _attention_blocks(q, k, mask, scale):
-    "Attention weights a block of queries at a time: (first, P (B n_kv, G, n, keys), logits before the softmax, log-sum-exp)."
+    """Attention weights a block of queries at a time: (first, P (B n_kv, G, n, keys), logits before the softmax,
+    log-sum-exp)."""
     from qkrestore_nb.projections import _add, _apart
+
     (B, _, T, _), n_kv = q.shape, k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     Q, K = _apart(q, n_kv, wide) * scale, k.to(wide).flatten(0, 1)
@@ -178,33 +228,44 @@ def _attention_blocks(q, k, mask, scale):
         rows, columns = slice(first, min(first + steps.step, T)), slice(0, min(first + steps.step, T))
         e = (Q[:, :, rows].flatten(1, 2) @ K[:, columns].mT).unflatten(1, (Q.shape[1], -1))
         e.masked_fill_(t[rows, None] < t[columns], -math.inf)
-        if mask is not None: _add(e, mask, rows, columns)
+        if mask is not None:
+            _add(e, mask, rows, columns)
         yield first, (e - lse[:, :, rows]).exp(), e, lse[:, :, rows]
 
 
 def _run(model, batch, on_softmax, tokens: int = 16384) -> None:
-    "Every row of a batch through the model without gradients, with `on_softmax(group, layer, q, k, mask, scale)` called in each softmax layer."
+    """Every row of a batch through the model without gradients, with `on_softmax(group, layer, q, k, mask, scale)`
+    called in each softmax layer."""
     rows, group, seen = _rows(batch), [], set()
-    def hook(layer, q, k, v, o, mask, scale): seen.add(layer), on_softmax(group[0], layer, q, k, mask, scale)
+
+    def hook(layer, q, k, v, o, mask, scale):
+        seen.add(layer), on_softmax(group[0], layer, q, k, mask, scale)
+
     with recorded(model, hook), torch.no_grad():
         for some in _groups(rows, tokens):
             group[:] = [some]
             ids = torch.stack([rows[i][0] for i in some]).to(next(model.parameters()).device)
             getattr(model, "base_model", model)(ids, use_cache=False)
-    if not seen: _nothing(model, None)
+    if not seen:
+        _nothing(model, None)
 
 # %% ../nbs/07b_drift.ipynb #eea97ec0
 def far_directions(
-    model,           # a causal language model of transformers
-    batch,           # as in `gradient_range`
-    far: int = 64,   # pairs so far apart or further
-    rank: int = 8,   # directions
+    model,  # a causal language model of transformers
+    batch,  # as in `gradient_range`
+    far: int = 64,  # pairs so far apart or further
+    rank: int = 8,  # directions
 ) -> dict[tuple[int, str], FarDirections]:
-    "(layer, 'Q' or 'K') -> the `rank` input directions that carry most attention of far pairs, and of near ones. Blockwise, memory grows with T."
+    """(layer, 'Q' or 'K') -> the `rank` input directions that carry most attention of far pairs, and of near ones.
+    Blockwise, memory grows with T."""
     inputs, sums, mass, hooks = {}, {}, {}, []
     for m in model.modules():
         if hasattr(m, "q_proj") and hasattr(m, "layer_idx"):
-            hooks.append(m.q_proj.register_forward_pre_hook(lambda q, args, layer=m.layer_idx: inputs.__setitem__(layer, args[0])))
+            hooks.append(
+                m.q_proj.register_forward_pre_hook(
+                    lambda q, args, layer=m.layer_idx: inputs.__setitem__(layer, args[0])
+                )
+            )
 
     def on_softmax(group, layer, q, k, mask, scale):
         x, (B, _, T, _) = inputs[layer].float(), q.shape
@@ -213,85 +274,110 @@ def far_directions(
             n, S = p.shape[-2:]
             p = p.float().sum(1).unflatten(0, (B, -1)).sum(1)  # all heads together
             t = torch.arange(S, device=x.device)
-            is_far = (t[first:first + n, None] - t) >= far
+            is_far = (t[first : first + n, None] - t) >= far
             for i, part in enumerate((p * is_far, p * ~is_far)):
-                query[i, :, first:first + n] += part.sum(-1)
+                query[i, :, first : first + n] += part.sum(-1)
                 key[i, :, :S] += part.sum(1)
         mass.setdefault(layer, []).append(query.sum((1, 2)))
         for role, weight in (("Q", query), ("K", key)):
             M = torch.stack([(x * w[..., None]).flatten(0, 1).mT @ x.flatten(0, 1) for w in weight])
             sums[layer, role] = sums.get((layer, role), 0) + M
 
-    try: _run(model, batch, on_softmax)
+    try:
+        _run(model, batch, on_softmax)
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
     out = {}
     for (layer, role), M in sums.items():
-        m = sum(mass[layer])
-        if not m[0] > 0: raise ValueError(f"no attention of layer {layer} goes {far} tokens back: give longer rows or a smaller far")
-        out[layer, role] = FarDirections(*(torch.linalg.eigh(x.double())[1][:, -rank:].float() for x in M), float(m[0] / m.sum()))
+        m = torch.stack(mass[layer]).sum(0)
+        if not m[0] > 0:
+            raise ValueError(f"no attention of layer {layer} goes {far} tokens back: give longer rows or a smaller far")
+        out[layer, role] = FarDirections(
+            *(torch.linalg.eigh(x.double())[1][:, -rank:].float() for x in M), float(m[0] / m.sum())
+        )
     return out
 
 # %% ../nbs/07b_drift.ipynb #3752d42c
 @dataclass
 class AttentionReach:
     "What `attention_reach` measured for each sequence, layer and head."
+
     layers: list[int]
     distance: np.ndarray  # (B, layers, heads) mean distance of the attention, tokens
-    entropy: np.ndarray   # (B, layers, heads) mean entropy, nats
-    far: np.ndarray       # (B, layers, heads) share of the attention that goes `beyond` tokens back or further
+    entropy: np.ndarray  # (B, layers, heads) mean entropy, nats
+    far: np.ndarray  # (B, layers, heads) share of the attention that goes `beyond` tokens back or further
     beyond: int
 
     def table(self) -> list[dict]:
         "One row for each layer and head, means over sequences."
         x = {n: getattr(self, n).mean(0) for n in ("distance", "entropy", "far")}
-        return [dict(layer=layer, head=h, **{n: float(v[i, h]) for n, v in x.items()}) for i, layer in enumerate(self.layers) for h in range(self.far.shape[2])]
+        return [
+            dict(layer=layer, head=h, **{n: float(v[i, h]) for n, v in x.items()})
+            for i, layer in enumerate(self.layers)
+            for h in range(self.far.shape[2])
+        ]
 
     def plot(self, ax=None, label: str = "", **style) -> "Axes":
         "A dot for each head: distance against entropy, a marker for each layer."
         import matplotlib.pyplot as plt
+
         ax = plt.gca() if ax is None else ax
         for i, layer in enumerate(self.layers):
-            ax.scatter(self.entropy[:, i].mean(0), self.distance[:, i].mean(0), marker="os^Dv"[i % 5], label=f"{label} layer {layer}".strip(), **style)
+            ax.scatter(
+                self.entropy[:, i].mean(0),
+                self.distance[:, i].mean(0),
+                marker="os^Dv"[i % 5],
+                label=f"{label} layer {layer}".strip(),
+                **style,
+            )
         ax.set(xlabel="entropy, nats", ylabel="mean distance, tokens")
         return ax
 
 
 def attention_reach(
-    model,             # a causal language model of transformers
-    batch,             # as in `gradient_range`
+    model,  # a causal language model of transformers
+    batch,  # as in `gradient_range`
     beyond: int = 128,
 ) -> AttentionReach:
-    "Mean distance and entropy of every head of the softmax layers, a sequence at a time; memory grows with T. Raises ValueError without a softmax layer."
+    """Mean distance and entropy of every head of the softmax layers, a sequence at a time; memory grows with T.
+    Raises ValueError without a softmax layer."""
     B, found = len(_rows(batch)), {}
+
     def on_softmax(group, layer, q, k, mask, scale):
         n, H, T, _ = q.shape
         sums = torch.zeros(3, n, H, device=q.device)
         for first, p, e, lse in _attention_blocks(q, k, mask, scale):
             rows, S = p.shape[-2:]
             t = torch.arange(S, device=q.device)
-            tau = t[first:first + rows, None] - t
+            tau = t[first : first + rows, None] - t
             entropy = lse[..., 0] * p.sum(-1) - (p * e.masked_fill(p == 0, 0)).sum(-1)
             for i, x in enumerate(((p * tau).sum(-1), entropy, (p * (tau >= beyond)).sum(-1))):
                 sums[i] += x.sum(-1).unflatten(0, (n, -1)).flatten(1)
         found.setdefault(layer, np.zeros((3, B, H)))[:, group] = (sums / T).cpu().numpy()
+
     _run(model, batch, on_softmax)
     layers = sorted(found)
-    if len({found[i].shape for i in layers}) > 1: raise ValueError("the softmax layers have different numbers of heads: this table needs one")
+    if len({found[i].shape for i in layers}) > 1:
+        raise ValueError("the softmax layers have different numbers of heads: this table needs one")
     return AttentionReach(layers, *np.stack([found[i] for i in layers], 2), beyond)
 
 # %% ../nbs/07b_drift.ipynb #a93cdd7f
 def needle_places(
     test: dict,  # of `recall_test` for S1, S2, S3, MK or MF
 ) -> tuple[np.ndarray, np.ndarray]:
-    "(asking, value), both (B, Q, L): the positions that predict an answer's tokens, and those of the needle's value. ValueError for other tests."
-    if "distance" not in test: raise ValueError("this test does not say where its needles are: use S1, S2, S3, MK or MF")
+    """(asking, value), both (B, Q, L): the positions that predict an answer's tokens, and those of the needle's
+    value. ValueError for other tests."""
+    if "distance" not in test:
+        raise ValueError("this test does not say where its needles are: use S1, S2, S3, MK or MF")
     return test["ask"] - 1, test["ask"] - test["distance"][..., None]
 
 
 @dataclass
 class RetrievalScores:
-    "What `retrieval_scores` measured: the share of each head's attention that is on the needle's value while the model answers."
+    """What `retrieval_scores` measured: the share of each head's attention that is on the needle's value while the
+    model answers."""
+
     layers: list[int]
     scores: np.ndarray  # (B, layers, heads)
 
@@ -307,40 +393,51 @@ class RetrievalScores:
     def plot(self, ax=None, label: str = "", **style) -> "Axes":
         "A dot for each head in the order of layers and heads."
         import matplotlib.pyplot as plt
+
         ax, (n, H) = plt.gca() if ax is None else ax, self.mean().shape
         ax.plot(range(n * H), self.mean().ravel(), "o", label=label, **style)
-        ax.set(xticks=range(n * H), xticklabels=[f"{layer}.{h}" for layer in self.layers for h in range(H)], xlabel="layer.head",
-               ylabel="attention on the needle", ylim=(-.02, 1.02))
+        ax.set(
+            xticks=range(n * H),
+            xticklabels=[f"{layer}.{h}" for layer in self.layers for h in range(H)],
+            xlabel="layer.head",
+            ylabel="attention on the needle",
+            ylim=(-0.02, 1.02),
+        )
         return ax
 
 
 def retrieval_scores(
-    model,     # a causal language model of transformers
-    ids,       # (B, T) tokens, questions and answers included
-    asking,    # (B, Q, L) positions that predict the answer's tokens: its places minus one
-    value,     # (B, Q, L) positions of the needle's value
+    model,  # a causal language model of transformers
+    ids,  # (B, T) tokens, questions and answers included
+    asking,  # (B, Q, L) positions that predict the answer's tokens: its places minus one
+    value,  # (B, Q, L) positions of the needle's value
     tokens: int = 16384,  # at most so many in one forward, unless a row is longer
 ) -> RetrievalScores:
-    "The share of every softmax head's attention on the needle's value from the tokens that predict it. Only those queries are computed: memory grows with T."
+    """The share of every softmax head's attention on the needle's value from the tokens that predict it. Only those
+    queries are computed: memory grows with T."""
     from qkrestore_nb.projections import _add, _apart
+
     ids, asking, value = (torch.as_tensor(np.asarray(x)) for x in (ids, asking, value))
     if not (asking.ndim == 3 == value.ndim and asking.shape[:2] == value.shape[:2] and len(ids) == len(asking)):
         raise ValueError("asking and value must be (B, Q, L), a place for each question of each row of ids")
     if asking.min() < 0 or asking.max() >= ids.shape[1] or value.min() < 0 or value.max() >= ids.shape[1]:
         raise ValueError("asking or value names a position outside the rows: count from 0")
     found, B = {}, len(ids)
+
     def on_softmax(group, layer, q, k, mask, scale):
         (n, H, _, D), n_kv, wide = q.shape, k.shape[1], torch.promote_types(q.dtype, torch.float32)
         out = np.zeros((n, H))
         for i, row in enumerate(group):
             at, needle = asking[row].flatten().to(q.device), value[row].to(q.device)
-            e = _apart(q[i:i + 1, :, at], n_kv, wide) * scale @ k[i].to(wide)[:, None].mT  # (n_kv, G, Q L, T)
+            e = _apart(q[i : i + 1, :, at], n_kv, wide) * scale @ k[i].to(wide)[:, None].mT  # (n_kv, G, Q L, T)
             e = e.masked_fill(torch.arange(k.shape[2], device=q.device) > at[:, None], -math.inf)
-            if mask is not None: _add(e, mask[i:i + 1, :, at] if len(mask) > 1 else mask[:, :, at], slice(None), slice(None))
+            if mask is not None:
+                _add(e, mask[i : i + 1, :, at] if len(mask) > 1 else mask[:, :, at], slice(None), slice(None))
             p = e.softmax(-1).flatten(0, 1).unflatten(1, asking.shape[1:])  # (H, Q, L, T)
-            on = torch.zeros(needle.shape[0], k.shape[2], device=q.device, dtype=wide).scatter_(1, needle, 1.)
+            on = torch.zeros(needle.shape[0], k.shape[2], device=q.device, dtype=wide).scatter_(1, needle, 1.0)
             out[i] = torch.einsum("hqlt,qt->h", p, on).cpu().numpy() / asking[row].numel()
         found.setdefault(layer, np.zeros((B, H)))[group] = out
+
     _run(model, ids, on_softmax, tokens)
     layers = sorted(found)
     return RetrievalScores(layers, np.stack([found[i] for i in layers], 1))

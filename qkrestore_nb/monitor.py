@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +26,8 @@ from .diagnostics import gradient_range
 from .drift import softmax_layers
 from .families import layer_number
 
-if TYPE_CHECKING: from matplotlib.axes import Axes
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 logger = logging.getLogger(__name__)
 
@@ -33,33 +35,38 @@ logger = logging.getLogger(__name__)
 @dataclass
 class Probe:
     "Rows that ask for something, with the answers in place."
-    ids: torch.Tensor                       # (n, T), short rows filled up on the right
-    asks: list[tuple[int, torch.Tensor]]    # (row, positions of one answer's tokens)
+
+    ids: torch.Tensor  # (n, T), short rows filled up on the right
+    asks: list[tuple[int, torch.Tensor]]  # (row, positions of one answer's tokens)
 
     @classmethod
     def of(cls, batch: "dict | Probe") -> "Probe":
         "From a batch with ids (B, T) and ask (B, Q, L), as `recall_test` gives it."
-        if isinstance(batch, Probe): return batch
+        if isinstance(batch, Probe):
+            return batch
         ids, ask = (torch.as_tensor(batch[k]) for k in ("ids", "ask"))
         return cls(ids, [(i, positions) for i, row in enumerate(ask) for positions in row])
 
 
 def prose_probe(
     tokenizer,
-    length: int,        # tokens a row, the answer included
-    haystacks: int,     # rows
+    length: int,  # tokens a row, the answer included
+    haystacks: int,  # rows
     kind: str = "multikey_1",  # of `prose.kinds`
     seed: int = 0,
 ) -> Probe:
-    "Needle prompts in a tokenizer, each with its answer. Raises ValueError for a tokenizer that cannot spell needles, or too few tokens."
+    """Needle prompts in a tokenizer, each with its answer. Raises ValueError for a tokenizer that cannot spell
+    needles, or too few tokens."""
     from qkrestore_nb.prose import prompt, prose_test
+
     rows, asks = [], []
     for i, hay in enumerate(prose_test(kind, tokenizer, length, haystacks, seed=seed, room=48)):
         question = hay["questions"][0]
         asked = prompt(hay, question)
         a, b = (tokenizer(text)["input_ids"] for text in (asked, f"{asked} {', '.join(question['answers'])}"))
         begin = next((j for j, (x, y) in enumerate(zip(a, b)) if x != y), len(a))
-        while len(b) > begin and b[-1] in tokenizer.all_special_ids: b = b[:-1]  # an end that the tokenizer adds is no part of the answer
+        while len(b) > begin and b[-1] in tokenizer.all_special_ids:
+            b = b[:-1]  # an end that the tokenizer adds is no part of the answer
         rows.append(torch.tensor(b))
         asks.append((i, torch.arange(begin, len(b))))
     return Probe(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), asks)
@@ -70,14 +77,17 @@ def _evaluating(model) -> Iterator[None]:
     "Evaluation mode, put back module by module."
     before = [(m, m.training) for m in model.modules()]
     model.eval()
-    try: yield
+    try:
+        yield
     finally:
-        for m, on in before: m.training = on
+        for m, on in before:
+            m.training = on
 
 
 def _unwrapped(model):
     "The model inside DDP or torch.compile."
-    while (inner := getattr(model, "module", None) or getattr(model, "_orig_mod", None)) is not None: model = inner
+    while (inner := getattr(model, "module", None) or getattr(model, "_orig_mod", None)) is not None:
+        model = inner
     return model
 
 
@@ -90,21 +100,23 @@ def _keeps(model) -> bool:
 
 @torch.no_grad()
 def probed(
-    model,          # a causal language model
+    model,  # a causal language model
     probe: Probe,
     tokens: int = 16384,  # at most so many in one forward, unless a row is longer
 ) -> tuple[float, float]:
-    "The share of answers that are right, and the mean loss on their tokens. All cards of a sharded model must ask together."
-    device, T, hits, loss, n = next(model.parameters()).device, probe.ids.shape[1], [], 0., 0
+    """The share of answers that are right, and the mean loss on their tokens. All cards of a sharded model must ask
+    together."""
+    device, T, hits, loss, n = next(model.parameters()).device, probe.ids.shape[1], [], 0.0, 0
     first = min(int(at[0]) for _, at in probe.asks) - 1
     keep = dict(logits_to_keep=T - first) if _keeps(model) else {}
     with _evaluating(model):
         for begin in range(0, len(probe.ids), step := max(1, tokens // T)):
-            ids = probe.ids[begin:begin + step].to(device)
+            ids = probe.ids[begin : begin + step].to(device)
             logits = model(input_ids=ids, use_cache=False, **keep).logits
             offset = T - logits.shape[1]
             for row, at in probe.asks:
-                if not begin <= row < begin + step: continue
+                if not begin <= row < begin + step:
+                    continue
                 said, truth = logits[row - begin, at - 1 - offset].float(), ids[row - begin, at]
                 hits.append(bool((said.argmax(-1) == truth).all()))
                 loss, n = loss + torch.nn.functional.cross_entropy(said, truth, reduction="sum").item(), n + len(at)
@@ -116,10 +128,14 @@ def _effective(projection) -> torch.Tensor:
     base = getattr(projection, "base_layer", projection)
     W = base.weight.detach()
     if not W.is_floating_point() or W.ndim != 2:
-        raise ValueError("weights that are quantized or flattened (FSDP1, ZeRO-3) have no drift: pass drift=False, or use FSDP2")
-    if base is projection or getattr(projection, "merged", False): return W
+        raise ValueError(
+            "weights that are quantized or flattened (FSDP1, ZeRO-3) have no drift: pass drift=False, or use FSDP2"
+        )
+    if base is projection or getattr(projection, "merged", False):
+        return W
     for name in projection.active_adapters:
-        if name in getattr(projection, "lora_A", {}): W = W + projection.get_delta_weight(name).detach()
+        if name in getattr(projection, "lora_A", {}):
+            W = W + projection.get_delta_weight(name).detach()
     return W
 
 
@@ -128,11 +144,17 @@ def _query_key(model) -> dict[str, list]:
     inner = _unwrapped(model)
     softmax, found = softmax_layers(inner), dict(q=[], k=[])
     for name, m in inner.named_modules():
-        if softmax is not None and layer_number(f"{name}.") not in softmax: continue
+        if softmax is not None and layer_number(f"{name}.") not in softmax:
+            continue
         for role in found:
-            if hasattr(m, f"{role}_proj"): found[role].append(getattr(m, f"{role}_proj"))
-    if softmax == set(): raise ValueError("the model has no softmax layer: there is no attention whose recall this monitor could watch")
-    if not all(found.values()): raise ValueError("no q_proj and k_proj were found in the softmax layers: pass drift=False to watch recall alone")
+            if hasattr(m, f"{role}_proj"):
+                found[role].append(getattr(m, f"{role}_proj"))
+    if softmax == set():
+        raise ValueError("the model has no softmax layer: there is no attention whose recall this monitor could watch")
+    if not all(found.values()):
+        raise ValueError(
+            "no q_proj and k_proj were found in the softmax layers: pass drift=False to watch recall alone"
+        )
     return found
 
 
@@ -144,38 +166,53 @@ def _norm(x: torch.Tensor) -> float:
 
 class QKDrift:
     "The start of W_Q and W_K of the softmax layers, and how far they are from it."
+
     def __init__(self, model):
         self.start = {role: [_effective(p).clone() for p in some] for role, some in _query_key(model).items()}
         self.size = {role: math.hypot(*map(_norm, some)) for role, some in self.start.items()}
 
     def __call__(self, model) -> dict[str, float]:
         "role -> norm of the difference over norm of the start, all softmax layers together."
-        moved = {role: math.hypot(*(_norm(_effective(p) - s) for p, s in zip(some, self.start[role]))) for role, some in _query_key(model).items()}
+        moved = {
+            role: math.hypot(*(_norm(_effective(p) - s) for p, s in zip(some, self.start[role])))
+            for role, some in _query_key(model).items()
+        }
         return {role: n / self.size[role] if self.size[role] else math.nan for role, n in moved.items()}
 
 # %% ../nbs/07c_monitor.ipynb #406b41e3
 @dataclass
 class Reading:
     "What the monitor saw at one step."
+
     step: int
-    recall: float               # share of answers that are right
-    loss: float                 # mean over the answers' tokens
-    of_start: float             # recall over recall at the start; nan if that was 0
-    drift: dict[str, float] = field(default_factory=dict)     # q, k: relative to the start
-    gradient: dict[str, float] = field(default_factory=dict)  # mean distance, share beyond 128: of g(tau) on a batch of the user's
-    seconds: float = 0.         # that this look took
+    recall: float  # share of answers that are right
+    loss: float  # mean over the answers' tokens
+    of_start: float  # recall over recall at the start; nan if that was 0
+    drift: dict[str, float] = field(default_factory=dict)  # q, k: relative to the start
+    gradient: dict[str, float] = field(
+        default_factory=dict
+    )  # mean distance, share beyond 128: of g(tau) on a batch of the user's
+    seconds: float = 0.0  # that this look took
 
     def logs(self) -> dict[str, float]:
         "As loggers want it: flat, with names that sort together."
-        return {"recall/exact": self.recall, "recall/loss": self.loss, "recall/of_start": self.of_start, "monitor/seconds": self.seconds,
-                **{f"drift/{k}": v for k, v in self.drift.items()}, **{f"gradient/{k}": v for k, v in self.gradient.items()}}
+        return {
+            "recall/exact": self.recall,
+            "recall/loss": self.loss,
+            "recall/of_start": self.of_start,
+            "monitor/seconds": self.seconds,
+            **{f"drift/{k}": v for k, v in self.drift.items()},
+            **{f"gradient/{k}": v for k, v in self.gradient.items()},
+        }
 
 
 def _calling_trainer() -> Trainer | None:
-    "The Trainer that is calling. Callbacks are not told which one it is, and only its own log reaches what report_to names."
-    frame = sys._getframe(1)
+    """The Trainer that is calling. Callbacks are not told which one it is, and only its own log reaches what
+    report_to names."""
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if isinstance(found := frame.f_locals.get("self"), Trainer): return found
+        if isinstance(found := frame.f_locals.get("self"), Trainer):
+            return found
         frame = frame.f_back
     return None
 
@@ -183,61 +220,90 @@ def _calling_trainer() -> Trainer | None:
 def _check_positions(model, T: int):
     "ValueError where the model has fewer positions than the probe has tokens."
     from qkrestore_nb.families import text_config
+
     config = getattr(_unwrapped(model), "config", None)
     most = text_config(config.to_dict()).get("max_position_embeddings") if config is not None else None
     if isinstance(most, int) and T > most:
-        raise ValueError(f"the probe has {T} tokens and the model {most} positions: give RecallMonitor a smaller length")
+        raise ValueError(
+            f"the probe has {T} tokens and the model {most} positions: give RecallMonitor a smaller length"
+        )
 
 # %% ../nbs/07c_monitor.ipynb #73b01f7b
 class RecallMonitor(TrainerCallback):
-    """Measures recall, the drift of W_Q and W_K and, if wanted, the reach of gradients every few steps of a training; warns, or stops it,
-    when recall falls. A callback for Trainer and its children; `start` and `look` for loops of one's own."""
+    """Measures recall, the drift of W_Q and W_K and, if wanted, the reach of gradients every few steps of a training;
+    warns, or stops it, when recall falls. A callback for Trainer and its children; `start` and `look` for other loops."""
+
     def __init__(
         self,
-        every: int = 50,         # steps between looks
-        length: int = 2048,      # tokens of a haystack
+        every: int = 50,  # steps between looks
+        length: int = 2048,  # tokens of a haystack
         haystacks: int = 16,
         kind: str = "multikey_1",  # of `prose.kinds`
-        probe=None,              # instead of haystacks in prose: a batch with ids and ask (as of `recall_test`), or a `Probe`
-        share: float = .8,       # of the start: recall below it has fallen
-        on_fall: str = "warn",   # warn; or stop: end the training as well
-        keep: bool = False,      # with the Trainer: keep the last checkpoint from before the fall, in OUTPUT/recall-STEP
-        drift: bool = True,      # of W_Q and W_K of the softmax layers; costs a copy of them
-        gradients=None,          # a batch as of `gradient_range`: adds its mean distance and share beyond 128 tokens
-        seed: int = 0,           # of the haystacks
+        probe=None,  # instead of haystacks in prose: a batch with ids and ask (as of `recall_test`), or a `Probe`
+        share: float = 0.8,  # of the start: recall below it has fallen
+        on_fall: str = "warn",  # warn; or stop: end the training as well
+        keep: bool = False,  # with the Trainer: keep the last checkpoint from before the fall, in OUTPUT/recall-STEP
+        drift: bool = True,  # of W_Q and W_K of the softmax layers; costs a copy of them
+        gradients=None,  # a batch as of `gradient_range`: adds its mean distance and share beyond 128 tokens
+        seed: int = 0,  # of the haystacks
     ):
-        if every < 1 or haystacks < 1: raise ValueError(f"every={every}, haystacks={haystacks}: both must be at least 1")
-        if not 0 < share <= 1: raise ValueError(f"share={share}: give a share of the recall at the start, above 0 and at most 1")
-        if on_fall not in ("warn", "stop"): raise ValueError(f"on_fall={on_fall!r}: choose warn or stop")
-        self.every, self.length, self.haystacks, self.kind, self.share, self.seed = every, length, haystacks, kind, share, seed
+        if every < 1 or haystacks < 1:
+            raise ValueError(f"every={every}, haystacks={haystacks}: both must be at least 1")
+        if not 0 < share <= 1:
+            raise ValueError(f"share={share}: give a share of the recall at the start, above 0 and at most 1")
+        if on_fall not in ("warn", "stop"):
+            raise ValueError(f"on_fall={on_fall!r}: choose warn or stop")
+        self.every, self.length, self.haystacks, self.kind, self.share, self.seed = (
+            every,
+            length,
+            haystacks,
+            kind,
+            share,
+            seed,
+        )
         self.on_fall, self.keep, self.gradients, self.probe, self.with_drift = on_fall, keep, gradients, probe, drift
         self.readings: list[Reading] = []
-        self.fallen, self.kept, self._drift = False, None, None
+        self.fallen = False
+        self.kept: Path | None = None
+        self._drift: QKDrift | None = None
 
     # ---- for loops of one's own
 
     def start(self, model, tokenizer=None) -> Reading:
-        "Check everything and take the first reading. Call it before the first step, on all cards. Raises ValueError with what is wrong."
+        """Check everything and take the first reading. Call it before the first step, on all cards. Raises
+        ValueError with what is wrong."""
         if self.probe is None and tokenizer is None:
-            raise ValueError("no tokenizer to build haystacks with: give the Trainer processing_class=, or RecallMonitor probe=")
+            raise ValueError(
+                "no tokenizer to build haystacks with: give the Trainer processing_class=, or RecallMonitor probe="
+            )
         _check_positions(model, self.length if self.probe is None else Probe.of(self.probe).ids.shape[1])
         if self.gradients is not None and any(hasattr(p, "full_tensor") for p in model.parameters()):
             raise ValueError("gradients= needs whole weights, and this model is sharded: leave it out")
         _query_key(model) if self.with_drift else None
-        if self.probe is None: self.probe = prose_probe(tokenizer, self.length, self.haystacks, self.kind, self.seed)
+        if self.probe is None:
+            self.probe = prose_probe(tokenizer, self.length, self.haystacks, self.kind, self.seed)
         self.probe = Probe.of(self.probe)
         self._drift = QKDrift(model) if self.with_drift else None
-        self.readings, self.fallen, self._began, self._spent = [], False, time.perf_counter(), 0.
+        self.readings, self.fallen, self._began, self._spent = [], False, time.perf_counter(), 0.0
         first = self._read(model, 0)
-        if not math.isfinite(first.loss): raise ValueError("the loss on the probe is not finite: check the weights, or run the model in bfloat16 or float32")
+        if not math.isfinite(first.loss):
+            raise ValueError(
+                "the loss on the probe is not finite: check the weights, or run the model in bfloat16 or float32"
+            )
         if first.recall == 0:
-            warnings.warn("recall is 0 at the start, so that it cannot fall: give RecallMonitor shorter haystacks or an easier kind", stacklevel=2)
+            warnings.warn(
+                "recall is 0 at the start, so that it cannot fall: give RecallMonitor shorter haystacks or an "
+                "easier kind",
+                stacklevel=2,
+            )
         return first
 
     def look(self, model, step: int) -> Reading | None:
         "After a step: a reading, if one is due. Sets `fallen` and warns when recall has fallen."
-        if step % self.every: return None
-        if not self.readings: raise ValueError("call start(model, tokenizer) before the first step: readings are compared with it")
+        if step % self.every:
+            return None
+        if not self.readings:
+            raise ValueError("call start(model, tokenizer) before the first step: readings are compared with it")
         return self.readings[-1] if self.readings[-1].step == step else self._read(model, step)
 
     def overhead(self) -> float:
@@ -248,19 +314,31 @@ class RecallMonitor(TrainerCallback):
         then = time.perf_counter()
         recall, loss = probed(model, self.probe)
         start = self.readings[0].recall if self.readings else recall
-        r = Reading(step, recall, loss, recall / start if start else math.nan, self._drift(model) if self._drift else {})
+        r = Reading(
+            step, recall, loss, recall / start if start else math.nan, self._drift(model) if self._drift else {}
+        )
         if self.gradients is not None:
             s = gradient_range(model, self.gradients).summary(samples=2)
             r.gradient = dict(mean_distance=s["mean"][0], beyond_128=s["beyond"][0])
         r.seconds = time.perf_counter() - then
-        if self.readings: self._spent += r.seconds
-        else: self._began = time.perf_counter()
+        if self.readings:
+            self._spent += r.seconds
+        else:
+            self._began = time.perf_counter()
         self.readings.append(r)
-        logger.info("step %d: recall %.0f%%, loss on the answers %.3f, %s", step, 100 * recall, loss,
-                    ", ".join(f"{k} moved {v:.2%}" for k, v in r.drift.items()))
+        logger.info(
+            "step %d: recall %.0f%%, loss on the answers %.3f, %s",
+            step,
+            100 * recall,
+            loss,
+            ", ".join(f"{k} moved {v:.2%}" for k, v in r.drift.items()),
+        )
         if r.of_start < self.share and not self.fallen:
             self.fallen = True
-            warnings.warn(f"step {step}: recall has fallen from {start:.0%} to {recall:.0%}, below {self.share:.0%} of the start", stacklevel=3)
+            warnings.warn(
+                f"step {step}: recall has fallen from {start:.0%} to {recall:.0%}, below {self.share:.0%} of the start",
+                stacklevel=3,
+            )
         return r
 
     # ---- what the Trainer calls
@@ -270,58 +348,81 @@ class RecallMonitor(TrainerCallback):
         begun = [entry for entry in state.log_history if "recall/exact" in entry]
         if begun:  # a run that goes on: compare with its true start
             first.recall, first.loss, first.step = begun[0]["recall/exact"], begun[0]["recall/loss"], begun[0]["step"]
-        else: self._tell(first, control)
+        else:
+            self._tell(first, control)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step % self.every == 0: self._act(model, state.global_step, control)
+        if state.global_step % self.every == 0:
+            self._act(model, state.global_step, control)
 
     def _act(self, model, step, control):
         before = len(self.readings)
         r = self.readings[-1] if self.readings[-1].step == step else self._read(model, step)
-        if len(self.readings) > before: self._tell(r, control)
-        if self.fallen and self.on_fall == "stop": control.should_training_stop = True
+        if len(self.readings) > before:
+            self._tell(r, control)
+        if self.fallen and self.on_fall == "stop":
+            control.should_training_stop = True
 
     def _tell(self, reading, control):
-        "Through the Trainer's own log, without what subclasses add to theirs. Its callbacks take that for the log which may be due; it still is."
-        if (trainer := _calling_trainer()) is None: return
+        """Through the Trainer's own log, without what subclasses add to theirs. Its callbacks take that for the log
+        which may be due; it still is."""
+        if (trainer := _calling_trainer()) is None:
+            return
         due = control.should_log
         Trainer.log(trainer, reading.logs())
         control.should_log = trainer.control.should_log = due
 
     def on_save(self, args, state, control, model=None, **kwargs):
         "A checkpoint's own recall decides whether it is from before the fall."
-        if not self.keep or self.fallen: return
+        if not self.keep or self.fallen:
+            return
         self._act(model, state.global_step, control)
-        if self.fallen or not args.should_save: return
+        if self.fallen or not args.should_save:
+            return
         source, target = (Path(args.output_dir) / f"{word}-{state.global_step}" for word in ("checkpoint", "recall"))
-        if not source.is_dir(): return
+        if not source.is_dir():
+            return
         _linked(source, target)
-        if self.kept and self.kept != target: shutil.rmtree(self.kept, ignore_errors=True)
+        if self.kept and self.kept != target:
+            shutil.rmtree(self.kept, ignore_errors=True)
         self.kept = target
 
-    def plot(self, ax=None) -> "Axes":
-        "Recall against steps, with the line below which it has fallen, and the drift of Q and K on the right axis."
+    def plot(self, axes=None) -> "list[Axes]":
+        """Recall with the line below which it has fallen, the loss on the answers, and the drift of Q and K, each
+        against steps; returns the three axes."""
         import matplotlib.pyplot as plt
         from qkrestore_nb.core import colors
-        ax, steps = plt.gca() if ax is None else ax, [r.step for r in self.readings]
-        ax.plot(steps, [100 * r.recall for r in self.readings], color=colors["pre"], marker=".", label="recall")
-        ax.axhline(100 * self.share * self.readings[0].recall, color="#333333", ls=":", lw=1, label=f"{self.share:.0%} of the start")
-        ax.set(xlabel="step", ylabel="recall, %", ylim=(-2, 102))
-        if self._drift:
-            right = ax.twinx()
-            for role, style in (("q", "-"), ("k", "--")):
-                right.plot(steps, [100 * r.drift[role] for r in self.readings], style, color=colors["softmax"], label=f"drift of $W_{role.upper()}$")
-            right.set(ylabel="drift, %")
-            right.grid(visible=False)
-            ax.plot([], [], color=colors["softmax"], label="drift of $W_Q$, $W_K$")
-        ax.legend()
-        return ax
+
+        axes = plt.subplots(1, 3, figsize=(10, 3))[1] if axes is None else axes
+        steps, (recall, loss, moved) = [r.step for r in self.readings], axes
+        recall.plot(steps, [100 * r.recall for r in self.readings], ".-", color=colors["pre"])
+        recall.axhline(100 * self.share * self.readings[0].recall, color="#333333", ls=":", lw=1)
+        recall.set(title="exact recall", xlabel="step", ylabel="%", ylim=(-2, 102))
+        loss.plot(steps, [r.loss for r in self.readings], ".-", color=colors["post"])
+        loss.set(title="loss on the answers", xlabel="step", ylabel="nats a token", ylim=(0, None))
+        for role, style in (("q", "-"), ("k", "--")):
+            if self._drift:
+                moved.plot(
+                    steps,
+                    [100 * r.drift[role] for r in self.readings],
+                    style,
+                    color=colors["softmax"],
+                    label=f"$W_{role.upper()}$",
+                )
+        moved.set(title="drift, softmax layers", xlabel="step", ylabel="%")
+        moved.legend(*moved.get_legend_handles_labels())
+        return list(axes)
 
 
 def _linked(source: Path, target: Path):
-    "A copy of a folder that costs no room while the original is there: hard links, or bytes where the file system has none."
+    """A copy of a folder that costs no room while the original is there: hard links, or bytes where the file system
+    has none."""
+
     def one(a, b):
-        try: os.link(a, b)
-        except OSError: shutil.copy2(a, b)
+        try:
+            os.link(a, b)
+        except OSError:
+            shutil.copy2(a, b)
+
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target, copy_function=one)

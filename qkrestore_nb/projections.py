@@ -15,11 +15,13 @@ import torch
 
 from .diagnostics import _blocks, _chosen, _edges, _lift, _passes, _rows, _sound
 
-if TYPE_CHECKING: from matplotlib.axes import Axes
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # %% ../nbs/07a_projections.ipynb #8ca19f8b
 def _cut(x, t, s, near, far, value):
-    "Write `value` onto the pairs of x (..., n, w) that lie outside the bin: they stand in the first n columns and in the last."
+    """Write `value` onto the pairs of x (..., n, w) that lie outside the bin: they stand in the first n columns and
+    in the last."""
     n, w = x.shape[-2:]
     for ends in [slice(None)] if w <= 2 * n else [slice(0, n), slice(w - n, w)]:
         tau = t[:, None] - s[ends]
@@ -30,9 +32,10 @@ def _by_bin(
     q: torch.Tensor,  # (N, G, T, D) queries, scaled; G of them share a key
     k: torch.Tensor,  # (N, T, D)
     v: torch.Tensor,  # (N, T, D)
-    do: torch.Tensor, # (N, G, T, D) gradient of the output
-    weigh: Callable,  # weigh(rows, columns, cut) -> (P, dL/de), both (N, G n, w); cut(x, value) writes value onto pairs outside the bin
-    near: int,        # the bin: near <= t - s < far
+    do: torch.Tensor,  # (N, G, T, D) gradient of the output
+    weigh: Callable,  # weigh(rows, columns, cut) -> (P, dL/de), both (N, G n, w); cut(x, value) writes value onto
+                      # pairs outside the bin
+    near: int,  # the bin: near <= t - s < far
     far: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     "The parts of dL/dq, dL/dk, dL/dv and o that come from pairs in one bin of distances, shaped like q, k, v, o."
@@ -58,7 +61,8 @@ def _log_sums(q, k, mask=None) -> torch.Tensor:
         e = (q[:, :, rows].flatten(1, 2) @ k[:, columns].mT).unflatten(1, (G, -1))
         t = torch.arange(columns.stop, device=q.device)
         e.masked_fill_(t[rows, None] < t, -math.inf)
-        if mask is not None: _add(e, mask, rows, columns)
+        if mask is not None:
+            _add(e, mask, rows, columns)
         out[:, :, rows] = e.logsumexp(-1, keepdim=True)
     return out.masked_fill_(out == -math.inf, 0)
 
@@ -66,30 +70,38 @@ def _log_sums(q, k, mask=None) -> torch.Tensor:
 def _add(e, mask, rows, columns):
     "The model's own mask, (B, 1, T, T), onto logits (N, G, n, w) with N = B n_kv."
     mask, e = mask[:, :, rows, columns], e.unflatten(0, (len(mask), -1))
-    if mask.dtype == torch.bool: e.masked_fill_(~mask[:, :, None], -math.inf)
-    else: e += mask[:, :, None]
+    if mask.dtype == torch.bool:
+        e.masked_fill_(~mask[:, :, None], -math.inf)
+    else:
+        e += mask[:, :, None]
 
 
 def _softmax_pairs(q, k, v, o, do, mask=None) -> Callable:
     "`weigh` of softmax attention: P and P (do v - do o)."
     lse, delta = _log_sums(q, k, mask), (o * do).sum(-1, keepdim=True)
+
     def weigh(rows, columns, cut):
         at = lambda x: x[:, :, rows].flatten(1, 2)
         e = torch.baddbmm(-at(lse), at(q), k[:, columns].mT).unflatten(1, (q.shape[1], -1))
         cut(e, -math.inf)
-        if mask is not None: _add(e, mask, rows, columns)
+        if mask is not None:
+            _add(e, mask, rows, columns)
         p = e.exp_().flatten(1, 2)
         return p, torch.baddbmm(-at(delta), at(do), v[:, columns].mT).mul_(p)
+
     return weigh
 
 
 def _linear_pairs(q, k, v, do, decay) -> Callable:
-    "`weigh` of linear attention in its quadratic form: decay times <q, k> and decay times <do, v>. decay (N,), a logarithm."
+    """`weigh` of linear attention in its quadratic form: decay times <q, k> and decay times <do, v>. decay (N,), a
+    logarithm."""
+
     def weigh(rows, columns, cut):
         at, t = lambda x: x[:, :, rows].flatten(1, 2), torch.arange(q.shape[2], device=q.device)
         kept = (decay[:, None, None] * (t[rows, None] - t[columns])).exp_()
         cut(kept, 0)
         return (at(q) @ k[:, columns].mT).mul_(kept), (at(do) @ v[:, columns].mT).mul_(kept)
+
     return weigh
 
 # %% ../nbs/07a_projections.ipynb #dfe7a205
@@ -99,28 +111,40 @@ _names = dict(Q=("q_proj",), K=("k_proj",), V=("v_proj",), O=("o_proj", "out_pro
 
 def _projections(module) -> dict | None:
     "The four projections of an attention module, role -> module; None where one has no name that is known here."
-    found = {role: next((getattr(module, n) for n in names if hasattr(module, n)), None) for role, names in _names.items()}
+    found = {
+        role: next((getattr(module, n) for n in names if hasattr(module, n)), None) for role, names in _names.items()
+    }
     return None if None in found.values() else found
 
 
 @contextmanager
 def _watched(model) -> Iterator[dict]:
-    "layer -> role -> what passes its projection: x and z, and for O the gradients dx and dz. Emptied when a layer is measured."
+    """layer -> role -> what passes its projection: x and z, and for O the gradients dx and dz. Emptied when a layer
+    is measured."""
     seen: dict = {}
     hooks = []
+
     def keep(layer, role):
         def hook(m, args, z):
             kept = seen.setdefault(layer, {})[role] = dict(x=args[0].detach())
-            if role != "O": kept["z"] = z if z.requires_grad else z.requires_grad_()  # the lowest layer: nothing below it needs a gradient
+            if role != "O":
+                kept["z"] = (
+                    z if z.requires_grad else z.requires_grad_()
+                )  # the lowest layer: nothing below it needs a gradient
             elif z.requires_grad:
-                for name, y in (("dx", args[0]), ("dz", z)): y.register_hook(lambda g, name=name: kept.__setitem__(name, g))
+                for name, y in (("dx", args[0]), ("dz", z)):
+                    y.register_hook(lambda g, name=name: kept.__setitem__(name, g))
+
         return hook
+
     for m in model.modules():
         if hasattr(m, "layer_idx") and (found := _projections(m)):
             hooks += [part.register_forward_hook(keep(m.layer_idx, role)) for role, part in found.items()]
-    try: yield seen
+    try:
+        yield seen
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
 
 # %% ../nbs/07a_projections.ipynb #d1fa189d
 def _apart(x: torch.Tensor, n_kv: int, wide) -> torch.Tensor:
@@ -129,21 +153,35 @@ def _apart(x: torch.Tensor, n_kv: int, wide) -> torch.Tensor:
 
 
 def _factor(h: torch.Tensor, o: torch.Tensor, kept: dict, do: torch.Tensor, layer: int, kind: str) -> torch.Tensor:
-    "What multiplies each channel of o (B, T, H D) before W_O. ValueError where the gradients say that it is more than that."
+    """What multiplies each channel of o (B, T, H D) before W_O. ValueError where the gradients say that it is more
+    than that."""
     c = torch.where(o == 0, 0, h / torch.where(o == 0, 1, o))
-    if kind == "linear": return c  # a norm takes part in it: its own gradient is no part of W_O's
+    if kind == "linear":
+        return c  # a norm takes part in it: its own gradient is no part of W_O's
     expected, coarse = c * kept["dx"].to(c.dtype), kept["dx"].dtype in (torch.float16, torch.bfloat16)
-    if (expected - do).norm() > (.1 if coarse else 1e-3) * do.norm():
-        raise ValueError(f"layer {layer}: more than a gate stands between attention and W_O, which is not measured here: choose other layers")
+    if (expected - do).norm() > (0.1 if coarse else 1e-3) * do.norm():
+        raise ValueError(
+            f"layer {layer}: more than a gate stands between attention and W_O, which is not measured here: "
+            f"choose other layers"
+        )
     return c
 
 
-def _weight_parts(layer, kind, q, k, v, o, do, kept, edges, mask=None, scale=1., decay=None) -> Iterator[dict]:
-    "For each bin the gradients that its pairs send to the four weights: role -> (B, out, in). q, k, v (B, heads, T, D) as attention got them."
+def _weight_parts(layer, kind, q, k, v, o, do, kept, edges, mask=None, scale=1.0, decay=None) -> Iterator[dict]:
+    """For each bin the gradients that its pairs send to the four weights: role -> (B, out, in). q, k, v (B, heads,
+    T, D) as attention got them."""
     (B, H, T, _), n_kv, wide = q.shape, k.shape[1], do.dtype
-    Q, K, V = _apart(q.detach(), n_kv, wide)*scale, k.detach().to(wide).flatten(0, 1), v.detach().to(wide).flatten(0, 1)
+    Q, K, V = (
+        _apart(q.detach(), n_kv, wide) * scale,
+        k.detach().to(wide).flatten(0, 1),
+        v.detach().to(wide).flatten(0, 1),
+    )
     O, dO = (_apart(x.transpose(1, 2), n_kv, wide) for x in (o.detach(), do))
-    pairs = _softmax_pairs(Q, K, V, O, dO, mask) if kind == "softmax" else _linear_pairs(Q, K, V, dO, decay.to(wide).repeat(B))
+    pairs = (
+        _softmax_pairs(Q, K, V, O, dO, mask)
+        if kind == "softmax"
+        else _linear_pairs(Q, K, V, dO, decay.to(wide).repeat(B))
+    )
     c = _factor(kept["O"]["x"].to(wide), o.detach().to(wide).flatten(2), kept["O"], do.flatten(2), layer, kind)
     for near, far in zip(edges[:-1], edges[1:]):
         dq, dk, dv, part = _by_bin(Q, K, V, dO, pairs, int(near), min(int(far), T))
@@ -151,7 +189,9 @@ def _weight_parts(layer, kind, q, k, v, o, do, kept, edges, mask=None, scale=1.,
         found = {}
         for role, (y, dy) in down.items():
             z, x = kept[role]["z"], kept[role]["x"]
-            dz, = torch.autograd.grad(y, z, dy.unflatten(0, (B, n_kv)).reshape(y.shape).to(y.dtype), retain_graph=True)
+            (dz,) = torch.autograd.grad(
+                y, z, dy.unflatten(0, (B, n_kv)).reshape(y.shape).to(y.dtype), retain_graph=True
+            )
             found[role] = dz.to(wide).mT @ x.to(wide)
         h = part.unflatten(0, (B, n_kv)).flatten(1, 2).transpose(1, 2).flatten(2) * c
         found["O"] = kept["O"]["dz"].to(wide).mT @ h
@@ -160,121 +200,199 @@ def _weight_parts(layer, kind, q, k, v, o, do, kept, edges, mask=None, scale=1.,
 # %% ../nbs/07a_projections.ipynb #e7220f36
 @dataclass
 class ProjectionGradients:
-    "What `projection_gradients` measured: the gradients of W_Q, W_K, W_V, W_O in parts by distance. Roles are in the order QKVO."
-    edges: np.ndarray       # (n + 1,) of the bins
-    tau: np.ndarray         # (n,) mean distance of a bin's pairs
+    """What `projection_gradients` measured: the gradients of W_Q, W_K, W_V, W_O in parts by distance. Roles are in
+    the order QKVO."""
+
+    edges: np.ndarray  # (n + 1,) of the bins
+    tau: np.ndarray  # (n,) mean distance of a bin's pairs
     layers: list[int]
-    kinds: list[str]        # softmax or linear, a layer each
-    norms: np.ndarray       # (layers, 4, n) norm of each part of the batch's gradient
-    along: np.ndarray       # (layers, 4, n) its component along the whole gradient; sums to `whole`
-    whole: np.ndarray       # (layers, 4) norm of the whole gradient
+    kinds: list[str]  # softmax or linear, a layer each
+    norms: np.ndarray  # (layers, 4, n) norm of each part of the batch's gradient
+    along: np.ndarray  # (layers, 4, n) its component along the whole gradient; sums to `whole`
+    whole: np.ndarray  # (layers, 4) norm of the whole gradient
     sequences: np.ndarray = field(repr=False)  # (B, layers, 4, n) norms of each sequence's own parts
     loss: float = math.nan  # of the batch
     parts: dict = field(default_factory=dict, repr=False)  # with keep=True: (layer, role) -> (n, out, in) tensors
 
     def share(self, beyond: int = 64, by: str = "norms") -> np.ndarray:
-        "The share of each projection's gradient from bins that begin at `beyond` or later, (layers, 4). by: norms or along."
+        """The share of each projection's gradient from bins that begin at `beyond` or later, (layers, 4). by: norms
+        or along."""
         x = getattr(self, by)
         return x[..., self.edges[:-1] >= beyond].sum(-1) / np.maximum(x.sum(-1), 1e-300)
 
-    def interval(self, beyond: int = 64, samples: int = 1000, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        "The same share of the sequences' own norms, and its 95% bootstrap interval over sequences: three of (layers, 4)."
+    def _shares(self, beyond, samples, seed):
+        """The far share of the sequences' own norms, (layers, 4), and of `samples` drawings of as many sequences,
+        (samples, layers, 4)."""
         far, all_ = self.sequences[..., self.edges[:-1] >= beyond].sum(-1), self.sequences.sum(-1)
-        draw = np.random.default_rng(seed).multinomial(len(far), np.full(len(far), 1 / len(far)), samples)
-        many = np.einsum("sb,blr->slr", draw, far) / np.maximum(np.einsum("sb,blr->slr", draw, all_), 1e-300)
-        low, high = np.percentile(many, [2.5, 97.5], 0) if len(far) > 1 else np.full((2, *far.shape[1:]), np.nan)
-        return far.sum(0) / np.maximum(all_.sum(0), 1e-300), low, high
+        draw = np.random.default_rng(seed).multinomial(len(far), np.full(len(far), 1 / len(far)), samples).astype(float)
+        many = np.tensordot(draw, far, 1) / np.maximum(np.tensordot(draw, all_, 1), 1e-300)
+        return far.sum(0) / np.maximum(all_.sum(0), 1e-300), many if len(far) > 1 else np.full_like(many, np.nan)
+
+    def interval(
+        self, beyond: int = 64, samples: int = 1000, seed: int = 0
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same share of the sequences' own norms, and its 95% bootstrap interval over sequences: three of
+        (layers, 4)."""
+        share, many = self._shares(beyond, samples, seed)
+        return share, *np.percentile(many, [2.5, 97.5], 0)
+
+    def contrast(self, beyond: int = 64, samples: int = 1000, seed: int = 0) -> tuple[float, float, float]:
+        """The far share of W_V and W_O minus that of W_Q and W_K, mean over layers, and its 95% interval (the same
+        sequences drawn for all four)."""
+        one, many = (
+            (x[..., 2:].mean((-2, -1)) - x[..., :2].mean((-2, -1))) for x in self._shares(beyond, samples, seed)
+        )
+        low, high = np.percentile(many, [2.5, 97.5])
+        return float(one), float(low), float(high)
 
     def density(self) -> np.ndarray:
         "Norm a token of distance, each projection's sum over bins = 1: comparable across projections. (layers, 4, n)."
         return self.norms / np.maximum(self.norms.sum(-1, keepdims=True), 1e-300) / np.diff(self.edges)
 
     def table(self, beyond: int = 64) -> list[dict]:
-        "One row for each layer and projection: layer, kind, role, norm, share from far (with interval). pandas.DataFrame takes it."
+        """One row for each layer and projection: layer, kind, role, norm, share from far (with interval).
+        pandas.DataFrame takes it."""
         share, (own, low, high) = self.share(beyond), self.interval(beyond)
-        return [dict(layer=layer, kind=kind, role=r, norm=float(self.whole[i, j]), beyond=beyond, share=float(share[i, j]),
-                     own=float(own[i, j]), own_low=float(low[i, j]), own_high=float(high[i, j]))
-                for i, (layer, kind) in enumerate(zip(self.layers, self.kinds)) for j, r in enumerate(roles)]
+        return [
+            dict(
+                layer=layer,
+                kind=kind,
+                role=r,
+                norm=float(self.whole[i, j]),
+                beyond=beyond,
+                share=float(share[i, j]),
+                own=float(own[i, j]),
+                own_low=float(low[i, j]),
+                own_high=float(high[i, j]),
+            )
+            for i, (layer, kind) in enumerate(zip(self.layers, self.kinds))
+            for j, r in enumerate(roles)
+        ]
 
     def plot(self, layer: int | None = None, ax=None, rho: float | None = None) -> "Axes":
-        "Density of the four projections' gradients against distance in one layer (None: the first); with rho the bound of `far_bound` over it."
+        """Density of the four projections' gradients against distance in one layer (None: the first); with rho the
+        bound of `far_bound` over it."""
         import matplotlib.pyplot as plt
+
         ax, i = plt.gca() if ax is None else ax, 0 if layer is None else self.layers.index(layer)
         seen, y = self.tau > 0, self.density()[i]
         for j, (role, style) in enumerate(zip(roles, ("-", "--", "-", "--"))):
-            ax.plot(self.tau[seen], y[j, seen], style, color="#0072B2" if role in "QK" else "#CC79A7", label=f"$W_{role}$", marker=".")
+            ax.plot(
+                self.tau[seen],
+                y[j, seen],
+                style,
+                color="#0072B2" if role in "QK" else "#CC79A7",
+                label=f"$W_{role}$",
+                marker=".",
+            )
         if rho is not None:
             low = ax.get_ylim()[0]
-            ax.plot(self.tau[seen], far_bound(self.edges, rho, y[:2])[seen], ":", color="#333333", label=rf"$C\rho^\tau$, $\rho$ = {rho:.3f}")
+            ax.plot(
+                self.tau[seen],
+                far_bound(self.edges, rho, y[:2])[seen],
+                ":",
+                color="#333333",
+                label=rf"$C\rho^\tau$, $\rho$ = {rho:.3f}",
+            )
             ax.set_ylim(bottom=max(low, y[y > 0].min() / 3))
-        ax.set(xscale="log", yscale="log", xlabel="distance, tokens", ylabel="share of the norm, a token",
-               title=f"layer {self.layers[i]}, {self.kinds[i]}")
+        ax.set(
+            xscale="log",
+            yscale="log",
+            xlabel="distance, tokens",
+            ylabel="share of the norm, a token",
+            title=f"layer {self.layers[i]}, {self.kinds[i]}",
+        )
         ax.legend()
         return ax
 
 # %% ../nbs/07a_projections.ipynb #d00b015a
 def far_bound(
     edges: Sequence[int] | np.ndarray,  # (n + 1,) of bins
-    rho: float,                         # of the text: exp(-1 / W_corr)
-    measured: np.ndarray | None = None, # (..., n) densities; the bound touches the largest in the first bin beyond distance 0. None: C = 1
+    rho: float,  # of the text: exp(-1 / W_corr)
+    measured: np.ndarray
+    | None = None,  # (..., n) densities; the bound touches the largest in the first bin beyond distance 0. None: C = 1
 ) -> np.ndarray:
     "C rho^tau of theorem 5.1 (arXiv 2606.11052), averaged over each bin: (n,). Raises ValueError unless 0 < rho < 1."
-    if not 0 < rho < 1: raise ValueError(f"rho={rho}: a decay per token lies between 0 and 1")
+    if not 0 < rho < 1:
+        raise ValueError(f"rho={rho}: a decay per token lies between 0 and 1")
     a, b = np.asarray(edges[:-1], float), np.asarray(edges[1:], float)
-    mean = (rho ** a - rho ** b) / (1 - rho) / (b - a)
-    if measured is None: return mean
+    mean = (rho**a - rho**b) / (1 - rho) / (b - a)
+    if measured is None:
+        return mean
     at = int(np.argmax(a > 0)) if (a > 0).any() else 0
     return mean * np.max(np.atleast_2d(measured)[:, at]) / mean[at]
 
 # %% ../nbs/07a_projections.ipynb #470b60f7
 def _total(found: Iterator[dict], total: dict, layer: int) -> np.ndarray:
-    "Add the parts of a group to `total`, (layer, role) -> list of (out, in) a bin; the norms of each sequence's parts (b, 4, n)."
+    """Add the parts of a group to `total`, (layer, role) -> list of (out, in) a bin; the norms of each sequence's
+    parts (b, 4, n)."""
     norms = []
     for i, parts in enumerate(found):
         norms.append([parts[r].flatten(1).norm(dim=1) for r in roles])
         for r in roles:
             bins = total.setdefault((layer, r), [])
-            if len(bins) == i: bins.append(parts[r].sum(0))
-            else: bins[i] += parts[r].sum(0)
+            if len(bins) == i:
+                bins.append(parts[r].sum(0))
+            else:
+                bins[i] += parts[r].sum(0)
     return torch.stack([torch.stack(n) for n in norms], -1).permute(1, 0, 2).cpu().numpy()
 
 
 @contextmanager
 def _tensor_cores(model) -> Iterator[None]:
-    "Products of float32 on tensor cores while a model in half precision is measured: its q, k, v have no more digits than TF32."
+    """Products of float32 on tensor cores while a model in half precision is measured: its q, k, v have no more
+    digits than TF32."""
     before = torch.backends.cuda.matmul.allow_tf32
-    if next(model.parameters()).dtype in (torch.float16, torch.bfloat16): torch.backends.cuda.matmul.allow_tf32 = True
-    try: yield
-    finally: torch.backends.cuda.matmul.allow_tf32 = before
+    if next(model.parameters()).dtype in (torch.float16, torch.bfloat16):
+        torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 # %% ../nbs/07a_projections.ipynb #486b530a
 def projection_gradients(
-    model,                    # any causal language model of transformers with q_proj, k_proj, v_proj, o_proj; left as it was
-    batch,                    # as in `gradient_range`: ids (B, T), (ids, weights), or a dict
-    layers: str | Sequence[int] | None = None,  # softmax layers: all (None) or these; "linear": HypeNet's linear layers; "all"
+    model,  # any causal language model of transformers with q_proj, k_proj, v_proj, o_proj; left as it was
+    batch,  # as in `gradient_range`: ids (B, T), (ids, weights), or a dict
+    layers: str
+    | Sequence[int]
+    | None = None,  # softmax layers: all (None) or these; "linear": HypeNet's linear layers; "all"
     bins: int | Sequence[int] = 12,  # log-spaced bins, or their edges, from 0 to the longest row or less
-    keep: bool = False,       # True: keep the parts themselves, a matrix for each layer, projection and bin
-    tokens: int = 16384,      # at most so many in one forward, unless a row is longer
+    keep: bool = False,  # True: keep the parts themselves, a matrix for each layer, projection and bin
+    tokens: int = 16384,  # at most so many in one forward, unless a row is longer
 ) -> ProjectionGradients:
-    """The gradients of W_Q, W_K, W_V, W_O of the batch's mean loss, split by the distance of the pairs that they come from. Exact: bins from 0 to
-    the longest row sum to the whole gradient. Memory grows with T, and with bins times weights. Raises ValueError as `gradient_range` does."""
+    """The gradients of W_Q, W_K, W_V, W_O of the batch's mean loss, split by the distance of the pairs they come from.
+    Exact: bins from 0 to the longest row sum to the whole gradient. Memory grows with T, and with bins times weights.
+    Raises ValueError as `gradient_range` does."""
     takes, rows, lift = _chosen(layers), _rows(batch), _lift(model)
     T = max(len(x) for x, *_ in rows)
     edges = _edges(bins, T)
-    if edges is None: raise ValueError("bins=None: a part for each distance would be a matrix for each; give a number of bins or their edges")
-    kinds, found, total, loss = {}, {}, {}, 0.
+    if edges is None:
+        raise ValueError(
+            "bins=None: a part for each distance would be a matrix for each; give a number of bins or their edges"
+        )
+    kinds, found, total, loss = {}, {}, {}, 0.0
     sequences = {}
 
     def watch(layer, kind, q, k, v, o, **how):
-        if not takes(layer, kind): return
+        if not takes(layer, kind):
+            return
         if layer not in seen or not all(x.requires_grad for x in (q, k, v)):
-            raise ValueError(f"layer {layer} has no q_proj, k_proj, v_proj and o_proj of its own: its projections cannot be told apart here")
+            raise ValueError(
+                f"layer {layer} has no q_proj, k_proj, v_proj and o_proj of its own: its projections cannot be "
+                f"told apart here"
+            )
         kinds[layer] = kind
+
         def measure(do):
-            found[layer] = _total(_weight_parts(layer, kind, q, k, v, o, _sound(do, layer), seen.pop(layer), edges, **how), total, layer)
+            found[layer] = _total(
+                _weight_parts(layer, kind, q, k, v, o, _sound(do, layer), seen.pop(layer), edges, **how), total, layer
+            )
+
         o.register_hook(measure)
 
-    def on_softmax(layer, q, k, v, o, mask, scale): watch(layer, "softmax", q, k, v, o, mask=mask, scale=scale)
+    def on_softmax(layer, q, k, v, o, mask, scale):
+        watch(layer, "softmax", q, k, v, o, mask=mask, scale=scale)
 
     def on_linear(layer, q, k, v, o, decay):
         watch(layer, "linear", *(x.transpose(1, 2) for x in (q, k, v)), o, decay=decay)
@@ -300,7 +418,17 @@ def _described(total, sequences, kinds, edges, rows, loss, lift, keep) -> Projec
             along.append((parts @ full / full.norm().clamp(min=1e-300)).tolist())
     n, tau = len(edges) - 1, np.arange(edges[-1])
     pairs = np.sum([np.maximum(len(x) - tau, 0) for x, *_ in rows], 0)
-    sums, weighted = (np.add.reduceat(x, edges[:-1] - edges[0]) for x in (pairs[edges[0]:], (pairs * tau)[edges[0]:]))
+    sums, weighted = (np.add.reduceat(x, edges[:-1] - edges[0]) for x in (pairs[edges[0] :], (pairs * tau)[edges[0] :]))
     kept = {at: (torch.stack(p) / lift).cpu() for at, p in total.items()} if keep else {}
-    return ProjectionGradients(edges, weighted / np.maximum(sums, 1), order, [kinds[i] for i in order], np.reshape(norms, (-1, 4, n)),
-                               np.reshape(along, (-1, 4, n)), np.reshape(whole, (-1, 4)), np.stack([sequences[i] for i in order], 1), loss, kept)
+    return ProjectionGradients(
+        edges,
+        weighted / np.maximum(sums, 1),
+        order,
+        [kinds[i] for i in order],
+        np.reshape(norms, (-1, 4, n)),
+        np.reshape(along, (-1, 4, n)),
+        np.reshape(whole, (-1, 4)),
+        np.stack([sequences[i] for i in order], 1),
+        loss,
+        kept,
+    )

@@ -1,4 +1,6 @@
-"Gradients of the four projections by distance: parts that sum to autograd's gradient, and the parts themselves on explicit logits."
+"""Gradients of the four projections by distance: parts that sum to autograd's gradient, and the parts themselves on
+explicit logits."""
+
 import math
 
 import numpy as np
@@ -14,7 +16,8 @@ from test_diagnostics import Unhookable, _half, hybrid, llama, text
 NAMES = dict(Q="q_proj", K="k_proj", V="v_proj", O="o_proj")
 
 
-def weights_of(model, layer): return {r: getattr(model.get_submodule(f"model.layers.{layer}.self_attn"), n).weight for r, n in NAMES.items()}
+def weights_of(model, layer):
+    return {r: getattr(model.get_submodule(f"model.layers.{layer}.self_attn"), n).weight for r, n in NAMES.items()}
 
 
 def autograd(model, batch, layer):
@@ -22,15 +25,23 @@ def autograd(model, batch, layer):
     rows = _rows(batch)
     total = {r: torch.zeros_like(w) for r, w in weights_of(model, layer).items()}
     for row in rows:
-        grads = torch.autograd.grad(_loss(model, [row], sum(float(r[2].sum()) for r in rows)), list(weights_of(model, layer).values()))
-        for r, g in zip(total, grads): total[r] += g
+        grads = torch.autograd.grad(
+            _loss(model, [row], sum(float(r[2].sum()) for r in rows)), list(weights_of(model, layer).values())
+        )
+        for r, g in zip(total, grads):
+            total[r] += g
     return total
 
 
 MODELS = dict(
-    hypenet=(hybrid, 1e-6), biases=(lambda: hybrid(attention_bias=True), 1e-6), no_log_scale=(lambda: hybrid(attn_logits_scaling=None), 1e-7),
+    hypenet=(hybrid, 1e-6),
+    biases=(lambda: hybrid(attention_bias=True), 1e-6),
+    no_log_scale=(lambda: hybrid(attn_logits_scaling=None), 1e-7),
     no_gate=(lambda: hybrid(attn_use_output_gate=False, attn_logits_scaling=None, attn_use_rope=True), 1e-6),
-    llama=(llama, 1e-10), qwen2_biases=(lambda: llama(Qwen2Config), 1e-6), sliding=(lambda: llama(MistralConfig, sliding_window=50), 1e-6))
+    llama=(llama, 1e-10),
+    qwen2_biases=(lambda: llama(Qwen2Config), 1e-6),
+    sliding=(lambda: llama(MistralConfig, sliding_window=50), 1e-6),
+)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -43,11 +54,16 @@ def test_parts_sum_to_autograd_in_float64(name):
         for j, (role, truth) in enumerate(autograd(model, ids, layer).items()):
             parts = r.parts[layer, role]
             assert parts.dtype == torch.float64 and (parts.sum(0) - truth).norm() < close * truth.norm(), role
-            assert r.whole[i, j] == pytest.approx(truth.norm().item(), rel=close) and r.along[i, j].sum() == pytest.approx(r.whole[i, j])
+            assert r.whole[i, j] == pytest.approx(truth.norm().item(), rel=close) and r.along[
+                i, j
+            ].sum() == pytest.approx(r.whole[i, j])
             np.testing.assert_allclose(r.norms[i, j], parts.flatten(1).norm(dim=1).numpy())
 
 
-@pytest.mark.parametrize("fields", [{}, dict(lightning_use_short_conv=False), dict(lightning_use_output_norm=False, lightning_use_output_gate=True)])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, dict(lightning_use_short_conv=False), dict(lightning_use_output_norm=False, lightning_use_output_gate=True)],
+)
 def test_parts_of_linear_layers_sum_to_autograd(fields):
     model, ids = hybrid(**fields).double().eval(), text(2, 150)
     r = projection_gradients(model, ids, "all", keep=True)
@@ -58,28 +74,39 @@ def test_parts_of_linear_layers_sum_to_autograd(fields):
 
 
 def _explicit_part(model, ids, near, far, layer):
-    "The same part by autograd: the pairs of the bin are let through, the gradient of all others is stopped where e and P are made."
+    """The same part by autograd: the pairs of the bin are let through, the gradient of all others is stopped where e
+    and P are made."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     kept = {}
+
     def attend(module, q, k, v, mask, scaling=None, **kw):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         t = torch.arange(q.shape[2])
         tau = t[:, None] - t
         inside = (tau >= near) & (tau < far) & (tau >= 0)
-        def only(x, wanted): return torch.where(wanted, x, x.detach())
+
+        def only(x, wanted):
+            return torch.where(wanted, x, x.detach())
+
         e = (q @ k.mT) * scaling
-        if module.layer_idx == layer: e = only(e, inside)
+        if module.layer_idx == layer:
+            e = only(e, inside)
         p = e.masked_fill(tau < 0, -math.inf).softmax(-1)
-        if module.layer_idx != layer: return (p @ v).transpose(1, 2), None
+        if module.layer_idx != layer:
+            return (p @ v).transpose(1, 2), None
         stopped = p.detach() * inside
         o = p @ v.detach() + stopped @ v - (stopped @ v).detach()  # v hears the pairs of the bin alone, e all of v
         kept["part"] = (stopped @ v).detach().transpose(1, 2)
         return o.transpose(1, 2), None
+
     ALL_ATTENTION_FUNCTIONS.register("explicit", attend), ALL_MASK_ATTENTION_FUNCTIONS.register("explicit", sdpa_mask)
     old, model.config._attn_implementation = model.config._attn_implementation, "explicit"
-    try: grads = autograd(model, ids, layer)
-    finally: model.config._attn_implementation = old
+    try:
+        grads = autograd(model, ids, layer)
+    finally:
+        model.config._attn_implementation = old
     return grads, kept["part"]
 
 
@@ -101,7 +128,9 @@ def test_the_output_s_part():
     r = projection_gradients(model, ids, bins=[0, 5, 40], keep=True)
     seen = {}
     attention = model.model.layers[1].self_attn
-    hook = attention.o_proj.register_forward_hook(lambda m, args, z: z.register_hook(lambda g: seen.__setitem__("dz", g)) and None)
+    hook = attention.o_proj.register_forward_hook(
+        lambda m, args, z: z.register_hook(lambda g: seen.__setitem__("dz", g)) and None
+    )
     _, part = _explicit_part(model, ids, 0, 5, 1)
     hook.remove()
     truth = seen["dz"].flatten(0, 1).T @ part.flatten(2).flatten(0, 1)
@@ -119,7 +148,11 @@ def test_rows_of_different_lengths_weights_and_few_tokens():
         for role, truth in autograd(model, (ids, weights), layer).items():
             assert (r.parts[layer, role].sum(0) - truth).norm() < 1e-6 * truth.norm()
             torch.testing.assert_close(few.parts[layer, role], r.parts[layer, role], rtol=1e-6, atol=1e-9)
-    assert r.sequences.shape == (3, 2, 4, len(r.tau)) and not r.sequences[0][..., r.edges[:-1] >= 30].any() and r.sequences[1][..., -1].any()
+    assert (
+        r.sequences.shape == (3, 2, 4, len(r.tau))
+        and not r.sequences[0][..., r.edges[:-1] >= 30].any()
+        and r.sequences[1][..., -1].any()
+    )
 
 
 def test_model_is_left_as_it_was():
@@ -127,7 +160,9 @@ def test_model_is_left_as_it_was():
     before, linear = model.config._attn_implementation, hypenet.linear_attention
     projection_gradients(model, text(1, 32), "all", bins=4)
     assert model.training and model.config._attn_implementation == before and hypenet.linear_attention is linear
-    assert all(p.requires_grad and p.grad is None for p in model.parameters()) and not any(m._forward_hooks for m in model.modules())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters()) and not any(
+        m._forward_hooks for m in model.modules()
+    )
 
 
 def test_half_precision_is_near():
@@ -135,12 +170,13 @@ def test_half_precision_is_near():
     exact = projection_gradients(model, ids, bins=[0, 4, 16, 64])
     for dtype in (torch.bfloat16, torch.float16):
         r = projection_gradients(llama().to(dtype), ids, bins=[0, 4, 16, 64])
-        np.testing.assert_allclose(r.norms, exact.norms, rtol=.1)
+        np.testing.assert_allclose(r.norms, exact.norms, rtol=0.1)
 
 
 def test_adapters():
     "With LoRA the parts are those of the effective weight."
     from peft import LoraConfig, get_peft_model
+
     ids = text(2, 40)
     plain = projection_gradients(llama(), ids, bins=4)
     r = projection_gradients(get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj", "k_proj"])), ids, bins=4)
@@ -158,8 +194,9 @@ def test_summaries():
     np.testing.assert_allclose((r.density() * np.diff(r.edges)).sum(-1), 1)
     assert len(r.table(8)) == 8 and r.table(8)[1]["share"] == pytest.approx(share[0, 1])
     import matplotlib.pyplot as plt
-    assert len(r.plot(ax=plt.figure().gca()).lines) == 4 and len(r.plot(2, plt.figure().gca(), rho=.9).lines) == 5
-    b = far_bound(r.edges, .9, r.density()[0, :2])
+
+    assert len(r.plot(ax=plt.figure().gca()).lines) == 4 and len(r.plot(2, plt.figure().gca(), rho=0.9).lines) == 5
+    b = far_bound(r.edges, 0.9, r.density()[0, :2])
     assert b[1] == pytest.approx(r.density()[0, :2, 1].max()) and (np.diff(b) < 0).all()
 
 
@@ -174,27 +211,36 @@ def _mixing():
 WRONG = dict(
     no_softmax=(lambda: projection_gradients(hybrid(["lightning-attn"] * 2), text(1, 16)), "no softmax layer"),
     no_linear=(lambda: projection_gradients(llama(), text(1, 16), "linear"), "no linear layer"),
-    labels_masked=(lambda: projection_gradients(hybrid(), dict(input_ids=text(1, 16), labels=torch.full((1, 16), -100))), "every label is masked"),
-    short=(lambda: projection_gradients(hybrid(), text(1, 16), bins=[0, 8, 32]), "ends at 32 and the longest row has 16"),
+    labels_masked=(
+        lambda: projection_gradients(hybrid(), dict(input_ids=text(1, 16), labels=torch.full((1, 16), -100))),
+        "every label is masked",
+    ),
+    short=(
+        lambda: projection_gradients(hybrid(), text(1, 16), bins=[0, 8, 32]),
+        "ends at 32 and the longest row has 16",
+    ),
     every=(lambda: projection_gradients(hybrid(), text(1, 16), bins=None), "a matrix for each"),
     word=(lambda: projection_gradients(hybrid(), text(1, 16), layers="attn"), "choose softmax, linear, all"),
     layer=(lambda: projection_gradients(hybrid(), text(1, 16), layers=[1, 7]), "layer 7"),
     not_hooked=(lambda: projection_gradients(Unhookable(), text(1, 16)), "nothing can be recorded"),
     overflow=(lambda: projection_gradients(_half(3e4), text(1, 16)), "overflow|not finite"),
     mixing=(lambda: projection_gradients(_mixing(), text(1, 16)), "more than a gate"),
-    rho=(lambda: far_bound([0, 1, 2], 1.), "between 0 and 1"),
+    rho=(lambda: far_bound([0, 1, 2], 1.0), "between 0 and 1"),
 )
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_errors_say_what_is_wrong(name):
     call, words = WRONG[name]
-    with pytest.raises(ValueError, match=words) as e: call()
+    with pytest.raises(ValueError, match=words) as e:
+        call()
     assert len(str(e.value)) <= 160
 
 
 def test_names_of_projections_that_are_not_known():
     "GPT-2 has one matrix for Q, K and V."
     from transformers import AutoModelForCausalLM
+
     model = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=32, n_head=4, vocab_size=64, n_positions=64))
-    with pytest.raises(ValueError, match="cannot be told apart"): projection_gradients(model, text(1, 16))
+    with pytest.raises(ValueError, match="cannot be told apart"):
+        projection_gradients(model, text(1, 16))
