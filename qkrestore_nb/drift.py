@@ -6,14 +6,14 @@ __all__ = ['effective_rank', 'softmax_layers', 'group_of', 'TensorDrift', 'Drift
 
 # %% ../nbs/07b_drift.ipynb #0521715c
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from .diagnostics import _blocks, _chosen, _groups, _nothing, _rows, recorded
+from .diagnostics import _blocks, _groups, _nothing, _rows, recorded
 from .projections import _log_sums
 
 if TYPE_CHECKING:
@@ -425,7 +425,7 @@ def retrieval_scores(
     found, B = {}, len(ids)
 
     def on_softmax(group, layer, q, k, mask, scale):
-        (n, H, _, D), n_kv, wide = q.shape, k.shape[1], torch.promote_types(q.dtype, torch.float32)
+        (n, H, *_), n_kv, wide = q.shape, k.shape[1], torch.promote_types(q.dtype, torch.float32)
         out = np.zeros((n, H))
         for i, row in enumerate(group):
             at, needle = asking[row].flatten().to(q.device), value[row].to(q.device)

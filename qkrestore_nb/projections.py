@@ -170,7 +170,7 @@ def _factor(h: torch.Tensor, o: torch.Tensor, kept: dict, do: torch.Tensor, laye
 def _weight_parts(layer, kind, q, k, v, o, do, kept, edges, mask=None, scale=1.0, decay=None) -> Iterator[dict]:
     """For each bin the gradients that its pairs send to the four weights: role -> (B, out, in). q, k, v (B, heads,
     T, D) as attention got them."""
-    (B, H, T, _), n_kv, wide = q.shape, k.shape[1], do.dtype
+    B, T, n_kv, wide = len(q), q.shape[2], k.shape[1], do.dtype
     Q, K, V = (
         _apart(q.detach(), n_kv, wide) * scale,
         k.detach().to(wide).flatten(0, 1),

@@ -174,6 +174,22 @@ def test_training_is_the_same_with_and_without(tmp_path):
         assert torch.equal(a, b)
 
 
+def test_what_report_to_names_gets_it(tmp_path, monkeypatch):
+    "An integration that the Trainer makes itself from report_to."
+    from transformers.integrations import integration_utils
+
+    made = []
+
+    class Service(Reported):
+        def __init__(self):
+            super().__init__()
+            made.append(self)
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "clearml", Service)
+    trained(RecallMonitor(every=2, probe=asked()), tmp_path, report_to=["clearml"])
+    assert [step for step, logs in made[0].logs if "recall/exact" in logs] == [0, 2, 4, 6]
+
+
 def test_tensorboard_gets_it(tmp_path):
     pytest.importorskip("tensorboard")
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(tmp_path / "runs")
