@@ -9,9 +9,9 @@ also restored (Q, K) unless --no-restored is given.
 A batch is NAME=FUNCTION or NAME=FUNCTION:JSON. FUNCTION is a function of qkrestore_nb.training (or module.function,
 as in recall.recall_test), called as FUNCTION(step, seed=..., **JSON) where it takes a step, which returns (ids,
 weights); a test of recall (ids, ask) becomes a batch whose answers weigh 1; an entry of training.kinds, as in
-kinds.dense:{"B": 16, "T": 512}, is called with its rows and length. Examples: near=sft_batch:{"rows":64}
-packed=sft_batch:{"rows":8,"T":2048,"packed":true} direct=sft_batch:{"answer":"direct"}
-dense=recall.recall_test:{"kind":"MF","B":16,"T":512,"questions":8}."""
+kinds.dense:{"B": 16, "T": 512}, is called with its rows and length. "borders": true lets no document of a packed
+row read another. Examples: near=sft_batch:{"rows":64} packed=sft_batch:{"rows":8,"T":2048,"packed":true}
+direct=sft_batch:{"chain":"none","packed":true} dense=recall.recall_test:{"kind":"MF","B":16,"T":512,"questions":8}."""
 
 import argparse
 import importlib
@@ -28,6 +28,7 @@ from qkrestore_nb.diagnostics import autocorrelation, fit_decay, gradient_range,
 from qkrestore_nb.drift import attention_reach, drift, far_directions, needle_places, retrieval_scores
 from qkrestore_nb.projections import far_bound, projection_gradients, roles
 from qkrestore_nb.recall import recall_test
+from qkrestore_nb.training import document_positions
 
 
 def named(text: str) -> tuple[str, str]:
@@ -77,10 +78,11 @@ def function(name: str):
         return getattr(importlib.import_module("qkrestore_nb.training"), first)[rest]
 
 
-def batch(said: str, step: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    "ids and weights, both (B, T)."
+def batch(said: str, step: int, seed: int) -> dict[str, torch.Tensor]:
+    "input_ids, weights and, with borders, position_ids; all (B, T)."
     name, _, words = said.partition(":")
     make, fields = function(name), json.loads(words) if words else {}
+    borders = fields.pop("borders", False)
     if isinstance(make, tuple):  # an entry of training.kinds: (share, maker)
         got = make[1](np.random.default_rng([seed, step]), fields.pop("B"), fields.pop("T"), **fields)
     elif "step" in inspect.signature(make).parameters:
@@ -89,7 +91,8 @@ def batch(said: str, step: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         got = make(**{"seed": seed + step} | fields)
     if isinstance(got, dict):
         got = recall_batch(got)
-    return tuple(torch.as_tensor(np.ascontiguousarray(x)) for x in got)
+    ids, weights = (torch.as_tensor(np.ascontiguousarray(x)) for x in got)
+    return dict(input_ids=ids, weights=weights) | (dict(position_ids=document_positions(ids)) if borders else {})
 
 
 def load(folder: str, device: str, dtype: str):
@@ -106,12 +109,13 @@ def text_rho(ids: torch.Tensor) -> float | None:
     return float(np.exp(-1 / W)) if np.isfinite(W) else None
 
 
-def on_batch(model, ids, weights, args) -> dict:
+def on_batch(model, batch, args) -> dict:
     "The three measurements on one batch."
+    ids, weights = batch["input_ids"], batch["weights"]
     T = ids.shape[1]
-    g, p = gradient_range(model, (ids, weights)), projection_gradients(model, (ids, weights), bins=args.bins)
+    g, p = gradient_range(model, batch), projection_gradients(model, batch, bins=args.bins)
     rho, far = text_rho(ids), [b for b in args.beyond if b < p.edges[-1]]
-    reach = attention_reach(model, (ids, weights), beyond=min(args.beyond))
+    reach = attention_reach(model, batch, beyond=min(args.beyond))
     return dict(
         rows=len(ids),
         T=T,
@@ -170,10 +174,10 @@ def main():
     found: dict = dict(batches={}, needles={}, drift={})
     for label, said in args.batch:
         for step in range(args.steps):
-            ids, weights = batch(said, step, args.seed)
+            drawn = batch(said, step, args.seed)
             for name, model in models.items():
-                found["batches"].setdefault(label, {}).setdefault(name, []).append(on_batch(model, ids, weights, args))
-            print(f"{label}, step {step}: {tuple(ids.shape)}, {time.perf_counter() - began:.0f} s", flush=True)
+                found["batches"].setdefault(label, {}).setdefault(name, []).append(on_batch(model, drawn, args))
+            print(f"{label}, step {step}: {tuple(drawn['input_ids'].shape)}, {time.perf_counter() - began:.0f} s", flush=True)
     for name, model in models.items():
         found["needles"][name] = needles(model, args)
     test = recall_test("MF", args.haystacks, args.lengths[0], 8, args.seed)

@@ -122,6 +122,8 @@ def recorded(
         return (o if new is None else new), None
 
     def attend_linear(q, k, v, decay, *args, **kwargs):
+        if on_linear and any(x is not None for x in (*args[1:2], kwargs.get("documents"))):
+            raise ValueError('linear layers are measured on rows of one document: leave out position_ids, or take layers="softmax"')
         o, state = linear(q, k, v, decay, *args, **kwargs)
         new = on_linear and on_linear(now[0], q, k, v, o, decay)
         return (o if new is None else new), state
@@ -139,7 +141,7 @@ def recorded(
 
 # %% ../nbs/07_gradient_range.ipynb #e26ba129
 def _rows(batch) -> list[tuple]:
-    "A batch in any of its forms as rows (ids, labels, weights), padding and everything after the last label cut off."
+    "A batch in any of its forms as rows (ids, labels, weights, length, positions), cut to what is neither padding nor after the last label."
     if isinstance(batch, (torch.Tensor, np.ndarray)): batch = dict(input_ids=batch)
     elif not hasattr(batch, "keys"): batch = dict(input_ids=batch[0], weights=batch[1])
     ids = torch.as_tensor(batch["input_ids"])
@@ -149,15 +151,16 @@ def _rows(batch) -> list[tuple]:
     weights = (labels != -100).double() if weights is None else torch.as_tensor(weights).double() * (labels != -100)
     here = batch.get("attention_mask")
     here = torch.ones_like(ids) if here is None else torch.as_tensor(here)
-    rows = []
-    for x, y, w, m in zip(ids.cpu(), labels.cpu(), weights.cpu(), here.cpu()):
+    positions, rows = batch.get("position_ids"), []
+    positions = [None] * len(ids) if positions is None else torch.as_tensor(positions).cpu().expand_as(ids)
+    for x, y, w, m, p in zip(ids.cpu(), labels.cpu(), weights.cpu(), here.cpu(), positions):
         kept = m.bool().nonzero()[:, 0]
         if not len(kept): continue
         a, b = int(kept[0]), int(kept[-1]) + 1
         if b - a != len(kept): raise ValueError("an attention mask with holes: padding must stand at the ends of a row")
         x, y, w = x[a:b], y[a:b], w[a:b].clone()
         w[0] = 0  # nothing stands before the first token, so nobody predicts it
-        if w.any(): rows.append((x[:(end := int(w.nonzero().max()) + 1)], y[:end], w[:end], b - a))
+        if w.any(): rows.append((x[:(end := int(w.nonzero().max()) + 1)], y[:end], w[:end], b - a, None if p is None else p[a:a + end]))
     if not rows: raise ValueError("every label is masked: there is no loss, and so no gradient, to measure")
     return rows
 
@@ -172,11 +175,16 @@ def _groups(rows, tokens: int) -> list[list[int]]:
     return out
 
 
+def _positions(rows, device) -> dict:
+    "position_ids for a forward, where the batch has them: they say where a packed document begins."
+    return {} if rows[0][4] is None else dict(position_ids=torch.stack([r[4] for r in rows]).to(device))
+
+
 def _loss(model, rows, whole: float) -> torch.Tensor:
     "These rows' part of the batch's mean cross-entropy."
     device = next(model.parameters()).device
     ids, labels, weights = (torch.stack(x).to(device) for x in list(zip(*rows))[:3])
-    logits = model(ids, use_cache=False).logits[:, :-1]
+    logits = model(ids, use_cache=False, **_positions(rows, device)).logits[:, :-1]
     logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
     loss = F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="none", ignore_index=-100)
     return (loss * (weights[:, 1:].flatten() / whole).to(loss.dtype)).sum()
@@ -377,8 +385,8 @@ def _passes(
     found: dict,        # layer -> what was measured in this pass, filled by hooks on gradients; emptied before each pass
 ) -> Iterator[tuple[list[int], float]]:
     "Forward and backward of the batch's mean loss, rows of equal length together: which rows, and their part of the loss."
-    whole = sum(float(w.sum()) for _, _, w, _ in rows)
-    with recorded(model, on_softmax, on_linear), torch.enable_grad():
+    whole = sum(float(row[2].sum()) for row in rows)
+    with recorded(model, on_softmax, None if layers in (None, "softmax") else on_linear), torch.enable_grad():
         for group in _groups(rows, tokens):
             found.clear()
             loss = _loss(model, [rows[i] for i in group], whole)
@@ -395,7 +403,8 @@ def _passes(
 # %% ../nbs/07_gradient_range.ipynb #95323e3a
 def gradient_range(
     model,                    # any causal language model of transformers; left as it was
-    batch,                    # ids (B, T); or (ids, weights); or a dict with input_ids and, if there are, labels (-100: no loss), attention_mask, weights
+    batch,                    # ids (B, T); or (ids, weights); or a dict with input_ids and, if there are,
+                              # labels (-100: no loss), attention_mask, weights, position_ids (packed documents begin at 0)
     layers: str | Sequence[int] | None = None,  # softmax layers: all (None) or these; "linear": HypeNet's linear layers; "all": both kinds
     bins: int | Sequence[int] | None = 24,      # log-spaced bins, or their edges; None: every distance for itself
     normalise: str = "pair",  # pair: mean over pairs tau apart, the E of g(tau); token: sum per predicted token; share: sums to 1

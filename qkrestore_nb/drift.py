@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .diagnostics import _blocks, _groups, _nothing, _rows, recorded
+from .diagnostics import _blocks, _groups, _nothing, _positions, _rows, recorded
 from .projections import _log_sums
 
 if TYPE_CHECKING:
@@ -244,8 +244,9 @@ def _run(model, batch, on_softmax, tokens: int = 16384) -> None:
     with recorded(model, hook), torch.no_grad():
         for some in _groups(rows, tokens):
             group[:] = [some]
-            ids = torch.stack([rows[i][0] for i in some]).to(next(model.parameters()).device)
-            getattr(model, "base_model", model)(ids, use_cache=False)
+            device = next(model.parameters()).device
+            ids = torch.stack([rows[i][0] for i in some]).to(device)
+            getattr(model, "base_model", model)(ids, use_cache=False, **_positions([rows[i] for i in some], device))
     if not seen:
         _nothing(model, None)
 

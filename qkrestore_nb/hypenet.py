@@ -75,6 +75,7 @@ class HypeNetConfig(PreTrainedConfig):
     lightning_use_output_gate: bool = False        # published: True
     lightning_use_short_conv: bool = False
     lightning_conv_size: int = 4
+    lightning_conv_activation: str | None = "silu"  # ours: None in the course's model; the reference always has SiLU
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -248,9 +249,10 @@ class LightningAttention(nn.Module):
         if config.lightning_use_short_conv:
             conv = lambda h: nn.Conv1d(h * D, h * D, config.lightning_conv_size, groups=h * D, bias=False)
             self.q_conv1d, self.k_conv1d, self.v_conv1d = conv(H), conv(n_kv), conv(n_kv)
+            self.conv_act = ACT2FN[config.lightning_conv_activation or "linear"]
 
     def short_conv(self, q, k, v, cache, documents):
-        "A causal convolution over the last few tokens of every channel, then SiLU. The cache keeps its inputs."
+        "A causal convolution over the last few tokens of every channel, then its activation. The cache keeps its inputs."
         T, width, sizes = q.shape[1], self.config.lightning_conv_size, [x.shape[-1] for x in (q, k, v)]
         x = torch.cat([q, k, v], -1)
         if cache is not None: x = cache.update_conv_state(x.transpose(1, 2), self.layer_idx, conv_kernel_size=width).transpose(1, 2)
@@ -262,7 +264,7 @@ class LightningAttention(nn.Module):
             d = F.pad(documents, (width - 1, 0), value=-1)
             taps = [tap * (d[:, i:i + T] == documents)[..., None] for i, tap in enumerate(taps)]
         y = sum(weight[:, i] * tap for i, tap in enumerate(taps))
-        return F.silu(y).split(sizes, -1)
+        return self.conv_act(y).split(sizes, -1)
 
     def heads(self, q, k, v, rope):
         "Joined channels to heads: normed, rotated, repeated; each (B, T, H, D), and q scaled."
@@ -288,7 +290,7 @@ class LightningAttention(nn.Module):
         state = cache.recurrent_states[0] if cache is not None and cache.has_previous_state[0] else None
         if self.config.lightning_use_short_conv:
             q, k, v = self.short_conv(q, k, v, past_key_values, documents)
-            # SiLU(0) = 0, but a token just after the padding must not write for it: mask the value once more
+            # the activation of 0 is 0, but a token just after the padding must not write for it: mask the value once more
             if attention_mask is not None: v = v * attention_mask[..., None].to(v.dtype)
         q, k, v = self.heads(q, k, v, rope)
         o, state = linear_attention(q, k, v, -decay_slopes(self.H, q.device), state, documents, borders)

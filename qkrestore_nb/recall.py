@@ -2,24 +2,27 @@
 
 # %% auto #0
 __all__ = ['vocabulary', 'token_id', 'digits', 'letters', 'keys', 'words', 'tests', 'encode', 'decode', 'ids_of', 'tokenizer',
-           'noise', 'essay', 'draw_keys', 'items', 'needle_rows', 'values_and_hops', 'recall_test', 'answers', 'right']
+           'noise', 'essay', 'draw_keys', 'items', 'needle_rows', 'recall_test', 'answer_logits', 'looked_up', 'Score',
+           'score']
 
 # %% ../nbs/04_recall.ipynb #bd60436e
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-if TYPE_CHECKING: from transformers import PreTrainedTokenizerFast
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerFast
 
 # %% ../nbs/04_recall.ipynb #85ba1f89
 def _vocabulary() -> list[str]:
-    "512 words: markers, digits, letters, RULER's noise, keys, and two-syllable essay words."
-    markers = "PAD N QM IS DOT COPY THINK ANS M A D H + - * r1 r2 r3 r4".split() + [f"#{i}" for i in range(9)]
+    "512 words: marks, digits, letters, RULER's noise, keys, and two-syllable essay words."
+    marks = "PAD BOS N QM IS DOT COPY THINK CALC STEP = ; ANS + - * r1 r2 r3 r4".split()
     letters = list("abcdefghijklmnopqrstuvwxyz") + "ae oe ue sh ch th".split()
     noise = "The grass is green . sky blue sun yellow Here we go There and back again".split()
     syllables = [c + v for c in "bdfk" for v in "aeio"]
     words = [a + b for a in syllables for b in syllables]
-    known = markers + list("0123456789") + letters + noise + [f"k{i}" for i in range(128)] + words
+    known = marks + list("0123456789") + letters + noise + [f"k{i}" for i in range(128)] + words
     return known + [f"unused{i}" for i in range(512 - len(known))]
 
 
@@ -59,7 +62,7 @@ def tokenizer() -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
     t = Tokenizer(models.WordLevel(token_id, unk_token="PAD"))
     t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=t, pad_token="PAD", clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(tokenizer_object=t, pad_token="PAD", bos_token="BOS", clean_up_tokenization_spaces=False)
 
 # %% ../nbs/04_recall.ipynb #04e147b0
 _noise = np.array(encode("The grass is green . The sky is blue . The sun is yellow . Here we go . There and back again ."))
@@ -116,126 +119,105 @@ def needle_rows(
     rng: np.random.Generator,
     haystack: np.ndarray,   # (B, T) filler; a copy is returned
     needles: int,           # needles a row
-    questions: int,         # questions a row, about different needles unless there are more questions than needles
+    questions: int,         # questions at the end of each row, about different needles
     value: str = "digits",  # what is hidden: 5 "digits" or 16 "letters"
     grid: bool = True,      # keys from a 4 x 4 grid (hard to tell apart), or random
-    at_end: bool = True,    # questions at the end, as in a test; False: anywhere after their needle, as in training
+    candidates: int = 16,   # values that look-up chooses from: those of the haystack, and random ones up to this number
 ) -> dict:
-    """Needles hidden in a haystack and asked for: ids (B, T), ask (B, questions, L) where the answers' tokens are,
-    distance (B, questions) from answer to needle in tokens, body (B, T) True on needles and questions.
+    """BOS, a haystack with needles, then questions. ids (B, T), ask (B, questions, L) the places of the answers' tokens, distance
+    (B, questions) from answer to needle in tokens, body (B, T) True on needles and questions, candidates (B, C, L).
     Raises ValueError where they do not fit."""
-    (B, T), alphabet, length = haystack.shape, *((digits, 5) if value == "digits" else (letters, 16))
-    L, n = length + 5, needles + questions
-    if n * L > T: raise ValueError(f"{needles} needles and {questions} questions of {L} tokens do not fit into {T}")
+    (B, T), (alphabet, length) = haystack.shape, dict(digits=(digits, 5), letters=(letters, 16))[value]
+    L, room = length + 5, T - 1 - (needles + questions) * (length + 5)
+    if room < 0: raise ValueError(f"{needles} needles and {questions} questions of {L} tokens do not fit into {T}")
+    if questions > needles: raise ValueError(f"{questions} questions about {needles} needles: ask each needle once at most")
     key, val = draw_keys(rng, B, needles, grid), rng.choice(alphabet, (B, needles, length))
-    asked = rng.permuted(np.tile(np.arange(max(needles, questions)) % needles, (B, 1)), axis=1)[:, :questions]
-    take = lambda x: np.take_along_axis(x, asked[..., None], 1)
-    item = np.concatenate([items("N", key, val), items("QM", take(key), take(val))], 1)       # (B, n, L)
-    start = _starts(rng, asked, needles, T - n * L, L, at_end)                                # (B, n)
-    where = start[..., None] + np.arange(L)
-    ids, body = haystack.copy(), np.zeros((B, T), bool)
-    row = np.arange(B)[:, None, None]
-    ids[row, where], body[row, where] = item, True
-    distance = start[:, needles:] - np.take_along_axis(start[:, :needles], asked, 1)
-    return dict(ids=ids, ask=where[:, needles:, 4:4 + length], distance=distance, body=body)
-
-
-def _starts(rng, asked, needles, room, L, at_end):
-    "Where each item begins: needles first, then the questions, in the order of a random time. (B, needles + questions)."
-    B, questions = asked.shape
-    n = needles + questions
-    time, gap = rng.random((B, n)), rng.integers(0, room + 1, (B, n))
-    now = np.take_along_axis(time[:, :needles], asked, 1)
-    time[:, needles:] = 2 + np.arange(questions) if at_end else now + (1 - now) * time[:, needles:]
-    if at_end: gap[:, needles:] = room  # all free room lies before the questions
-    order = np.argsort(np.argsort(time, 1), 1)
-    return np.take_along_axis(np.sort(gap, 1) + L * np.arange(n), order, 1)
+    asked = np.argsort(rng.random((B, needles)), 1)[:, :questions]
+    take = lambda x: np.take_along_axis(x, asked.reshape(B, questions, *[1] * (x.ndim - 2)), 1)
+    start = 1 + np.sort(rng.integers(0, room + 1, (B, needles)), 1) + L * np.arange(needles)
+    start = np.concatenate([start, np.broadcast_to(T - L * np.arange(questions, 0, -1), (B, questions))], 1)
+    where = start[..., None] + np.arange(L)                                                   # (B, needles + questions, L)
+    ids, body, row = haystack.copy(), np.zeros((B, T), bool), np.arange(B)[:, None, None]
+    ids[:, 0] = token_id["BOS"]
+    ids[row, where], body[row, where] = np.concatenate([items("N", key, val), items("QM", take(key), take(val))], 1), True
+    others = rng.choice(alphabet, (B, max(0, candidates - needles), length))
+    return dict(ids=ids, ask=where[:, needles:, 4:4 + length], distance=start[:, needles:] - take(start[:, :needles]),
+                body=body, candidates=np.concatenate([val, others], 1))
 
 # %% ../nbs/04_recall.ipynb #78c322d4
-def values_and_hops(
-    rng: np.random.Generator,
-    haystack: np.ndarray,   # (B, T) filler; a copy is returned
-    values: int = 1,        # needles of each key
-    hops: int = 1,          # 2: the first needle names the key of the second
-    n: int = 4,             # keys a row, all of them asked for at the end
-) -> dict:
-    """Questions with more than one needle behind them: `QM k1 k2 IS v... w... DOT` wants every value of a key in the order of the
-    haystack, `QM k1 k2 IS k3 k4 IS v... DOT` follows a key to a key. ids, ask, body as in `needle_rows`. ValueError where they do not fit."""
-    B, T = haystack.shape
-    key, val = draw_keys(rng, B, hops * n, True), rng.choice(digits, (B, n * values, 5))
-    word = lambda w: np.full((B, n, 1), token_id[w])
-    first, last = key[:, :n], key[:, (hops - 1) * n:]
-    needles = [*items("N", np.repeat(last, values, 1), val).transpose(1, 0, 2)]  # values of a key stand beside each other
-    if hops == 2: needles += [*items("N", first, last).transpose(1, 0, 2)]
-    lengths = np.array([x.shape[1] for x in needles])
-    size = 5 * values + 5 + 3 * (hops - 1)
-    room = T - lengths.sum() - n * size
-    if room < 0: raise ValueError(f"{len(needles)} needles and {n} questions do not fit into {T} tokens")
-    order = rng.permuted(np.tile(np.arange(len(needles)), (B, 1)), axis=1)
-    for b in range(B):  # a key's values in the order in which the question wants them
-        for i in range(n): where = np.isin(order[b], np.arange(i * values, (i + 1) * values)); order[b, where] = np.sort(order[b, where])
-    begin = np.sort(rng.integers(0, room + 1, order.shape), 1) + np.cumsum(lengths[order], 1) - lengths[order]
-    ids, body, row = haystack.copy(), np.zeros((B, T), bool), np.arange(B)[:, None]
-    for i, needle in enumerate(needles):
-        at = np.take_along_axis(begin, (order == i).argmax(1)[:, None], 1) + np.arange(lengths[i])
-        ids[row, at], body[row, at] = needle, True
-    link = [last, word("IS")] if hops == 2 else []
-    question = np.concatenate([word("QM"), first, word("IS"), *link, val.reshape(B, n, -1), word("DOT")], -1)
-    question = question[row, np.argsort(rng.random((B, n)), 1)]
-    ids[:, T - n * size:], body[:, T - n * size:] = question.reshape(B, -1), True
-    ask = T - n * size + size * np.arange(n)[:, None] + np.r_[4:4 + 2 * (hops - 1), size - 1 - 5 * values:size - 1]
-    return dict(ids=ids, ask=np.broadcast_to(ask, (B, *ask.shape)), body=body)
-
-
 tests: dict[str, dict] = dict(  # the haystack, and how many needles a row of T tokens holds
     S1=dict(filler=noise, needles=lambda T: 1, value="digits"),
     S2=dict(filler=essay, needles=lambda T: 1, value="digits"),
     S3=dict(filler=essay, needles=lambda T: 1, value="letters"),
     MK=dict(filler=essay, needles=lambda T: 8, value="digits"),
-    MF=dict(filler=essay, needles=lambda T: T // 24, value="digits", grid=False),
-    MV=dict(filler=essay, values=3),
-    HOP=dict(filler=essay, hops=2))
+    MF=dict(filler=essay, needles=lambda T: T // 24, value="digits", grid=False))
 
 
 def recall_test(
-    kind: str,           # S1, S2, S3, MK (eight similar keys), MF (a haystack full of needles), MV (three values a key) or HOP (two hops)
+    kind: str,           # S1, S2, S3 (RULER's niah_single_1 to 3), MK (eight similar keys) or MF (a haystack full of needles)
     B: int,              # haystacks
     T: int,              # tokens a haystack, its questions included
-    questions: int = 1,  # questions that share a haystack; at most its needles. MV and HOP always ask four
+    questions: int = 1,  # questions that share a haystack; at most its needles
     seed: int = 0,
 ) -> dict:
-    "One batch of a test: ids, ask, body (and distance) as in `needle_rows`. Raises ValueError for an unknown kind or too many questions."
+    "One batch of a test, as `needle_rows` returns it. Raises ValueError for an unknown kind or too many questions."
     if kind not in tests: raise ValueError(f"no recall test is called {kind!r}: choose from {', '.join(tests)}")
     spec, rng = dict(tests[kind]), np.random.default_rng([seed, T, *kind.encode()])
-    haystack = spec.pop("filler")(rng, B, T)
-    if "needles" not in spec: return values_and_hops(rng, haystack, **spec)
-    needles = spec.pop("needles")(T)
-    if questions > needles: raise ValueError(f"{kind} at {T} tokens has {needles} needles: ask at most that many questions")
+    haystack, needles = spec.pop("filler")(rng, B, T), spec.pop("needles")(T)
     return needle_rows(rng, haystack, needles, questions, **spec)
 
 # %% ../nbs/04_recall.ipynb #8a913d9b
-def answers(
+def answer_logits(
     model,  # a causal language model of transformers
     ids,    # (B, T) int array or tensor
     ask,    # (B, Q, L) positions of the tokens to predict
-) -> np.ndarray:
-    "The argmax prediction of every asked token, (B, Q, L), from one forward: what greedy decoding says as long as it is right."
+) -> "torch.Tensor":
+    "What the model predicts at every asked token, (B, Q, L, vocabulary) on its device, from one forward pass."
     import torch
     device = next(model.parameters()).device
     ids, ask = (torch.as_tensor(x).to(device) for x in (ids, ask))
     with torch.no_grad():
         x = model.model(ids, use_cache=False).last_hidden_state
         before = (ask - 1).flatten(1)[..., None].expand(-1, -1, x.shape[-1])
-        return model.lm_head(x.gather(1, before)).argmax(-1).view_as(ask).cpu().numpy()
+        return model.lm_head(x.gather(1, before)).unflatten(1, ask.shape[1:])
+
+# %% ../nbs/04_recall.ipynb #1ook0up1
+def looked_up(
+    logits: "torch.Tensor",      # (B, Q, L, vocabulary) of `answer_logits`
+    truth: "torch.Tensor",       # (B, Q, L) the right answers
+    candidates: "torch.Tensor",  # (B, C, L) the values that may be said, the right ones among them
+) -> "torch.Tensor":
+    "Whether greedy decoding that may say nothing but a candidate says the right one: (B, Q) bool."
+    import torch
+    same = candidates[:, None] == truth[:, :, None]                                    # (B, Q, C, L)
+    agreed = torch.cat([torch.ones_like(same[..., :1]), same[..., :-1]], -1).cumprod(-1).bool().transpose(2, 3)
+    tokens = candidates.transpose(1, 2)[:, None].expand(*truth.shape, -1)              # (B, Q, L, C)
+    best = logits.gather(-1, tokens).masked_fill(~agreed, -torch.inf).argmax(-1, keepdim=True)
+    return (tokens.gather(-1, best)[..., 0] == truth).all(-1)
+
+# %% ../nbs/04_recall.ipynb #5c0re001
+class Score(NamedTuple):
+    "One bit for every question and every token of its answer."
+    tokens: np.ndarray  # (B, Q, L) the token is the argmax prediction, given the right ones before it
+    lookup: np.ndarray  # (B, Q) the right one of the candidates is said
+
+    @property
+    def exact(self) -> np.ndarray:
+        "(B, Q) every token of the answer is predicted."
+        return self.tokens.all(-1)
 
 
-def right(
+def score(
     model,
-    batch: dict,    # with ids and ask
-    rows: int = 8,  # rows a forward
-) -> np.ndarray:
-    "Whether every token of an answer is predicted: (B, Q) bool."
-    ids, ask = batch["ids"], batch["ask"]
-    truth = ids[np.arange(len(ids))[:, None, None], ask]
-    said = np.concatenate([answers(model, ids[i:i + rows], ask[i:i + rows]) for i in range(0, len(ids), rows)])
-    return (said == truth).all(-1)
+    batch: dict,    # of `recall_test`
+    rows: int = 8,  # haystacks a forward pass
+) -> Score:
+    "Exact match and look-up of every question of a batch."
+    import torch
+    parts, row = [], np.arange(len(batch["ids"]))[:, None, None]
+    truth = batch["ids"][row, batch["ask"]]
+    for i in range(0, len(truth), rows):
+        logits = answer_logits(model, batch["ids"][i:i + rows], batch["ask"][i:i + rows])
+        want, values = (torch.as_tensor(x[i:i + rows]).to(logits.device) for x in (truth, batch["candidates"]))
+        parts.append([x.cpu().numpy() for x in (logits.argmax(-1) == want, looked_up(logits, want, values))])
+    return Score(*map(np.concatenate, zip(*parts)))

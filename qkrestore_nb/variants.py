@@ -13,7 +13,7 @@ from .procrustes import qk_pro
 from .restore import qk_restore
 
 # %% ../nbs/09a_variants.ipynb #89446fe7
-restores = dict(restored="qk", q="q", k="k", v="v", o="o", vo="vo", qkvo="qkvo")  # projections of the softmax layers
+restores = ("qk", "q", "k", "v", "o", "vo", "qkvo")  # projections of the softmax layers
 
 groups = {  # what else goes back to the checkpoint before SFT
     "qk and norms": r"layers\.S\.self_attn\.[qk]_(proj|norm)|layers\.S\.input_layernorm", "softmax layers' gates": r"layers\.S\.self_attn\.o_gate", "softmax mixers": r"layers\.S\.self_attn",
@@ -51,7 +51,7 @@ def _largest(x: torch.Tensor, r: int) -> torch.Tensor:
 
 
 def variant(
-    name: str,      # one of `restores` or `groups`, or one of the names above, as in "interpolated 0.9"; "qkvo on LiNeS 0.8": the first made of the second
+    name: str,      # one of `restores` or `groups`, or one of the names above, as in "average 0.9"; "qkvo on LiNeS 0.8": the first made of the second
     pre: dict,      # state dict before SFT, float32
     post: dict,     # and after
     config,         # of the model
@@ -63,7 +63,7 @@ def variant(
         post = variant(below, pre, post, config, seed)
     a, b, restore = pre, post, lambda **how: qk_restore(pre, post, config=config, **how)
     if name in ("pre", "post"): return dict(a if name == "pre" else b)
-    if name in restores: return restore(projections=restores[name])
+    if name in restores: return restore(projections=name)
     if name in groups: return {**b, **{n: a[n] for n in members(name, b, config)}}
     qk = planned_tensors(config.to_dict())
     if name == "drift alone": return {**a, **{n: b[n] for n in qk}}
@@ -79,10 +79,10 @@ def variant(
     if kind == "head" and (where := re.fullmatch(r"(\d+)\.(\d+)", number)): return restore(layers=[int(where[1])], heads=[int(where[2])])
     try: x = float(number)
     except ValueError: kind = ""
-    if kind == "interpolated": return _mixed(a, b, lambda n: x)
-    if kind == "qk interpolated": return restore(strength=1 - x)
+    if kind == "average": return _mixed(a, b, lambda n: x)
+    if kind == "qk average": return restore(strength=1 - x)
     if kind == "LiNeS": return _mixed(a, b, lambda n: x + (1 - x) * _depth(n, len(config.layer_types)))
     if kind == "directions": return {**b, **{n: b[n] + _largest(a[n] - b[n], int(x)) for n in qk}}
     if kind in ("pro input", "pro head"): return qk_pro(a, b, lam=x, space=kind[4:], config=config)
     raise ValueError(f"no variant is called {name!r}: choose a group ({', '.join([*restores, *groups])}), or one of 'pre', 'post', 'drift alone', 'random tensors', 'noise', "
-                     "'interpolated 0.9', 'qk interpolated 0.5', 'LiNeS 0.5', 'directions 4', 'head 1.0', 'pro input 0.1', 'pro head 0.1'")
+                     "'average 0.9', 'qk average 0.5', 'LiNeS 0.5', 'directions 4', 'head 1.0', 'pro input 0.1', 'pro head 0.1'")

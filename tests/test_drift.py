@@ -118,7 +118,7 @@ def test_places_of_a_recall_test():
     row = np.arange(3)[:, None, None]
     assert (test["ids"][row, value] == test["ids"][row, asking + 1]).all() and (value < asking).all()
     with pytest.raises(ValueError, match="where its needles are"):
-        needle_places(recall_test("MV", 1, 400))
+        needle_places(dict(ids=test["ids"], ask=test["ask"]))
 
 
 def test_drift_says_what_was_moved():

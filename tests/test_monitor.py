@@ -19,7 +19,7 @@ import qkrestore_nb
 from conftest import small_hybrid, small_tokenizer
 from qkrestore_nb.diagnostics import gradient_range
 from qkrestore_nb.monitor import Probe, QKDrift, RecallMonitor, probed, prose_probe
-from qkrestore_nb.recall import recall_test, right
+from qkrestore_nb.recall import recall_test, score
 from test_diagnostics import Unhookable, hybrid, llama, text
 
 
@@ -118,7 +118,7 @@ def test_a_look_is_exact():
     )
     test = recall_test("MK", 4, 200, 2)
     mine = hybrid(vocab_size=512)
-    assert probed(mine, Probe.of(test))[0] == right(mine, test).mean()
+    assert probed(mine, Probe.of(test))[0] == score(mine, test).exact.mean()
 
 
 def test_mode_and_weights_are_left_alone():

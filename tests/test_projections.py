@@ -155,6 +155,25 @@ def test_rows_of_different_lengths_weights_and_few_tokens():
     )
 
 
+def test_packed_documents():
+    "Two documents in a row with positions that begin anew give what they give in rows of their own; no pair crosses the border."
+    model = hybrid().double().eval()
+    a, b = text(1, 30, 3), text(1, 50, 4)
+    positions = torch.cat([torch.arange(30), torch.arange(50)])[None]
+    labels = torch.cat([a, b], 1)
+    labels[:, 30] = -100
+    packed = dict(input_ids=torch.cat([a, b], 1), labels=labels, position_ids=positions)
+    r = projection_gradients(model, packed, bins=[0, 5, 80], keep=True)
+    alone = [projection_gradients(model, x, bins=[0, 5, x.shape[1]], keep=True) for x in (a, b)]
+    for at, parts in r.parts.items():
+        want = (29 * alone[0].parts[at] + 49 * alone[1].parts[at]) / 78
+        assert (parts - want).norm() < 1e-5 * want.norm(), at
+    crossed = projection_gradients(model, packed | dict(position_ids=None), bins=[0, 5, 80], keep=True)
+    assert (crossed.parts[1, "Q"] - r.parts[1, "Q"]).norm() > 1e-2 * r.parts[1, "Q"].norm()
+    with pytest.raises(ValueError, match="rows of one document"):
+        projection_gradients(model, packed, "all")
+
+
 def test_model_is_left_as_it_was():
     model = hybrid().train()
     before, linear = model.config._attn_implementation, hypenet.linear_attention
