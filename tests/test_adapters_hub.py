@@ -8,7 +8,7 @@ import torch
 from conftest import KINDS, NAME, snapshot, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from qkrestore_nb import hub
+from qkrestore_nb import checkpoints, hub
 from qkrestore_nb.adapters import CONFIG, WEIGHTS
 from qkrestore_nb.checkpoints import CheckpointError, read_config
 from qkrestore_nb.in_place import verify
@@ -172,8 +172,10 @@ def test_revision_and_token_arrive(monkeypatch, tmp_path):
 
 def test_a_mistyped_path_is_not_looked_up(pair, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hub, "local_folder", lambda *a: pytest.fail("no"))
-    assert not hub.is_hub_id("pre/nothing") and not hub.is_hub_id("post") and hub.is_hub_id("nobody/nothing")
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **kw: pytest.fail("no"))
+    assert not checkpoints.is_hub_id("pre/nothing") and not checkpoints.is_hub_id("post") and checkpoints.is_hub_id("nobody/nothing")
+    with pytest.raises(CheckpointError, match="no folder"): qk_restore("pre/nothing", "post", out="out")
 
 
 def test_the_model_card(pair, tmp_path):
@@ -221,7 +223,7 @@ def test_the_mergekit_recipe_says_the_same(tmp_path, strength):
     names = {"num_hidden_layers": 12, "mixer_types": ["attn" if i in (1, 10, 11) else "lightning-attn" for i in range(12)]}
     from conftest import hypenet_config
     pre, post = (write_checkpoint(tmp_path / n, s, config=hypenet_config(**names), layers=12, dtype="float32") for n, s in (("pre", 1), ("post", 2)))
-    recipe = yaml.safe_load(hub.mergekit_yaml(pre, post, strength))
+    recipe = yaml.safe_load(hub.mergekit_yaml(pre, post, strength=strength))
     assert recipe["merge_method"] == "linear" and recipe["dtype"] == "float32" and recipe["parameters"]["normalize"] is False
     load = lambda f: load_file(f / "model.safetensors")
     out = load(qk_restore(pre, post, out=tmp_path / "out", strength=strength))

@@ -57,7 +57,7 @@ def test_restore(pair, tmp_path):
     before = snapshot(tmp_path)
     done = real("restore", "pre", "post", "out", "--layers", "1,3", "--projections", "q", cwd=tmp_path)
     assert done.returncode == 0 and not done.stderr, done.stderr
-    assert "2 tensors (q of layers 1, 3; 256 bytes) put back from pre, 2 of them had changed" in done.stdout and "out" in done.stdout
+    assert "W_Q of layers 1, 3 were restored from the checkpoint before fine-tuning. 2 tensors, 256 bytes, 2 of them had changed" in done.stdout and "out" in done.stdout
     note = json.loads((tmp_path / "out" / "qk_restore.json").read_text())
     assert (note["pre"], note["post"], note["layers"]) == ("pre", "post", [1, 3])
     assert {k: v for k, v in snapshot(tmp_path).items() if k.split("/")[0] != "out"} == before

@@ -65,7 +65,7 @@ def test_only_q_and_k_of_softmax_layers_change(tmp_path, pre_shards, post_shards
 def test_other_choices(tmp_path, layers, projections, plan, dtype):
     pre, post = (write_checkpoint(tmp_path / n, s, 2, dtype=dtype) for n, s in (("pre", 1), ("post", 2)))
     layers = layers if isinstance(layers, str) else iter(layers)  # any iterable will do
-    check(pre, post, qk_restore(pre, post, tmp_path / "out", layers, projections), plan)
+    check(pre, post, qk_restore(pre, post, tmp_path / "out", layers=layers, projections=projections), plan)
 
 
 def test_jet_nemotron_moves_weights_of_full_attention_only(tmp_path):
