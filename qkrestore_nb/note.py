@@ -12,7 +12,7 @@ from pathlib import Path
 
 from . import __version__
 from .checkpoints import CheckpointError
-from .families import Selection, layer_number
+from .families import Selection, layer_number, role_of
 
 # %% ../nbs/08c_note.ipynb #b016757f
 @dataclass(frozen=True)
@@ -88,7 +88,9 @@ _heads = ("method", "package", "date", "pre", "post", "rest", "tensors", "before
 
 
 def _row(raw: dict, solved: bool) -> Row:
-    row = Row(**{f.name: raw[f.name] for f in fields(Row) if f.name in raw} | ({} if "layer" in raw else dict(layer=layer_number(raw["tensor"]), solved=solved)))
+    role = role_of(raw["tensor"])
+    old = {} if "layer" in raw else dict(layer=layer_number(raw["tensor"]), role=role, solved=solved and role == "q")
+    row = Row(**{f.name: raw[f.name] for f in fields(Row) if f.name in raw} | old)
     spans = row.spans or []
     if not all(isinstance(x, str) for x in (row.tensor, row.sha256_post, row.sha256_restored)) or not all(len(s) == 2 and 0 <= s[0] < s[1] for s in spans): raise ValueError(f"its row {row.tensor!r}")
     return row
@@ -124,7 +126,7 @@ def read_note(
 _names = dict(q="W_Q", k="W_K", v="W_V", o="W_O")
 
 
-def _listed(words: Sequence[str]) -> str: return words[0] if len(words) < 2 else ", ".join(words[:-1]) + " and " + words[-1]
+def _listed(words: Sequence[str]) -> str: return "".join(words) if len(words) < 2 else ", ".join(words[:-1]) + " and " + words[-1]
 
 
 def _where(note: Note) -> str:
@@ -144,7 +146,7 @@ def _what(note: Note, rows: Iterable[Row] | None = None) -> str:
     roles = note.roles if note.rows else s.projections
     letters = roles if rows is None else "".join(dict.fromkeys(r.role for r in rows if r.role))
     if s.mla == "q_only": letters = letters.replace("k", "")
-    what = _listed([_names[r] for r in letters])
+    what = _listed([_names[r] for r in letters]) or "the tensors below"
     if s.mla == "with_latent" and "k" in letters: what += " with the latent that K and V share"
     if s.include: what += " (" + _listed([dict(norms="with the gains of their norms", bias="with their biases")[w] for w in s.include.split(",") if w]) + ")"
     return what + (f" of query heads {', '.join(map(str, s.query_heads))}" if s.query_heads else "")
