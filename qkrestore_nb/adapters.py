@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .checkpoints import CheckpointError, check_out, new_folder, pieces, read_config, read_header, write_all
-from .families import Selection, heads_of_names, layer_number, places, role_of, rows_by_hand, stretches
+from .families import Selection, heads_of_names, layer_number, places, role_of, rows_by_hand, stretches, unwrapped
 from .in_place import write_result
 from .note import Note
 
@@ -30,12 +30,9 @@ def is_adapter(
     return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file() and not full
 
 
-_wrappers = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-
-
 def _module(key: str) -> tuple[str, str]:
     "A tensor's module in the base model, and what it is there."
-    m = re.fullmatch(r"(?:base_model\.model\.)?(.+?)\.((?:base_layer\.)*lora_\w+(?:\..*)?|(?:modules_to_save\.)?(?:base_layer\.)*(?:weight|bias))", _wrappers.sub("", key))
+    m = re.fullmatch(r"(?:base_model\.model\.)?(.+?)\.((?:base_layer\.)*lora_\w+(?:\..*)?|(?:modules_to_save\.)?(?:base_layer\.)*(?:weight|bias))", unwrapped(key))
     return (m[1], m[2].replace("base_layer.", "").replace("modules_to_save.", "")) if m else (key, "")
 
 # %% ../nbs/11c_adapters.ipynb #88f28562

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['words', 'families', 'refused', 'heads_of_names', 'text_config', 'known_family', 'proposal', 'family_of',
-           'layer_kinds', 'Choice', 'Selection', 'chosen_layers', 'places', 'planned_tensors', 'planned_moves',
-           'layer_number', 'role_of', 'moves_by_hand', 'rows_by_hand', 'stretches', 'disagreement']
+           'layer_kinds', 'Choice', 'Selection', 'chosen_layers', 'places', 'planned_tensors', 'unwrapped',
+           'planned_moves', 'layer_number', 'role_of', 'moves_by_hand', 'rows_by_hand', 'stretches', 'disagreement']
 
 # %% ../nbs/08a_families.ipynb #ad594fc9
 import math
@@ -369,6 +369,14 @@ def planned_tensors(
 
 # %% ../nbs/08a_families.ipynb #1313eefe
 heads_of_names = ("model.", "model.language_model.", "language_model.model.", "backbone.", "language_model.", "")
+_wrappers = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def unwrapped(
+    name: str,  # of a tensor
+) -> str:
+    "The name without the words of wrappers that training puts around modules."
+    return _wrappers.sub("", name)
 
 
 def _beside(rests: list[str], names) -> str | None:

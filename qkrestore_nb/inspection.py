@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, Unpack
 
-from .checkpoints import pieces
+from .checkpoints import CheckpointError, pieces
 from .families import Choice, Selection, families, known_family, layer_kinds, layer_number, text_config
 from .moves import Move, Side, moves_of, open_both, open_side, plan_sides
 from .restore import decode, located
@@ -50,12 +50,18 @@ def _selection(config: dict, choice: Choice) -> Selection:
     return replace(selection, mla="with_latent")
 
 
+def _kinds(side: Side) -> list[str]:
+    "Of the layers, as far as the table can say; the plan has refused already what it must not guess."
+    n = text_config(side.config).get("num_hidden_layers") or 1 + max((i for t in side.tensors for i in [layer_number(t)] if i is not None), default=-1)
+    try: return layer_kinds(side.config)
+    except CheckpointError: return ["?"] * n
+
+
 def _seen(side: Side, moves: list[Move]) -> Inspection:
     assert side.folder
     family, inner = known_family(side.config), text_config(side.config)
     rows = [Seen(tensor=m.post, layer=m.layer, role=m.role, shape=list(m.shape), dtype=m.dtype, bytes=m.bytes, part=not m.whole, file=side.tensors[m.post]["file"].name) for m in moves]
-    n = inner.get("num_hidden_layers") or 1 + max((i for t in side.tensors for i in [layer_number(t)] if i is not None), default=-1)
-    return Inspection(folder=str(side.folder), family=next((n for n, f in families.items() if f is family), None), model_type=inner.get("model_type"), kinds=layer_kinds(side.config) if family else ["?"] * n,
+    return Inspection(folder=str(side.folder), family=next((n for n, f in families.items() if f is family), None), model_type=inner.get("model_type"), kinds=_kinds(side),
                       bytes=sum(p.stat().st_size for p in side.folder.glob("*.safetensors")), moved_bytes=sum(m.bytes for m in moves), tensors=rows, latent=bool(family and family["mla"]))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from .checkpoints import CheckpointError, bits, hub_name, local_folder, read_config, read_index
-from .families import Choice, Selection, chosen_layers, disagreement, family_of, known_family, moves_by_hand, planned_moves, rows_by_hand, stretches
+from .families import Choice, Selection, chosen_layers, disagreement, family_of, known_family, moves_by_hand, planned_moves, rows_by_hand, stretches, unwrapped
 
 # %% ../nbs/08b_moves.ipynb #710831c8
 @dataclass(frozen=True)
@@ -57,10 +57,9 @@ _torch_dtypes = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16"
 
 
 def _side(which: str, name: str, config: dict, tensors: dict, **more) -> Side:
-    inside = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
     method = config.get("quantization_config") or {}
     said = method.get("quant_method", "quantization_config") if isinstance(method, dict) else "quantization_config"
-    return Side(which, name, config, tensors, {inside.sub("", n): n for n in tensors}, quantized=str(said) if method else "", **more)
+    return Side(which, name, config, tensors, {unwrapped(n): n for n in tensors}, quantized=str(said) if method else "", **more)
 
 # %% ../nbs/08b_moves.ipynb #99f11809
 def as_dict(
@@ -222,7 +221,7 @@ def plan_sides(
     if selection.tensors is not None: a, b = _by_hand(pre, post, selection)
     else:
         a, b = moves_of(pre, selection), moves_of(post, selection)
-        parts = [{(m.layer, m.role, re.split(r"(?:^|\.)layers\.\d+\.", m.post)[-1]) for m in moves} for moves in (a, b)]
+        parts = [{(m.layer, m.role, re.split(r"(?:^|\.)layers\.\d+\.", unwrapped(m.post))[-1]) for m in moves} for moves in (a, b)]
         if odd := sorted(parts[0] ^ parts[1]): raise CheckpointError(f"only one of pre and post has {odd[0][2]} in layer {odd[0][0]}: they are not the same kind of model")
     return [_pair(x, y, (pre, post), cast) for x, y in zip(a, b)]
 
