@@ -12,10 +12,11 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from .checkpoints import CheckpointError, check_out, new_folder, pieces, read_config, read_header, write_all
+from .checkpoints import CheckpointError, check_out, new_folder, overwrite, pieces, read_config, read_header, read_index, sha256, write_all
 from .families import Selection, heads_of_names, layer_number, places, role_of, rows_by_hand, stretches, unwrapped
 from .in_place import write_result
-from .note import Note
+from .moves import Mixer
+from .note import Note, Row
 
 # %% ../nbs/11c_adapters.ipynb #b921e77c
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -106,28 +107,47 @@ def _is_base(config: dict, pre: Path, name: str) -> bool:
     return not said or said in (pre.name, pre.resolve().name, Path(name.partition("@")[0]).name)
 
 # %% ../nbs/11c_adapters.ipynb #9ae17599
-def _sorted_out(base: dict, adapter: dict, keys: dict, s: Selection, post: Path) -> tuple[set[str], dict[str, list], set[str]]:
-    "Tensors to leave out, rows (in bytes of the tensor) to set to zero, and modules of which nothing stays."
+def _sorted_out(base: dict, adapter: dict, keys: dict, s: Selection, post: Path) -> tuple[set[str], dict[str, list], dict[str, list], set[str]]:
+    "Tensors to leave out, rows (in bytes of the tensor) to set to zero, rows that pre's take the place of, and modules of which nothing stays."
     moves, drop, zero, gone = _chosen(base, keys, s), set(), {}, set()
+    whole: dict[str, list] = {}
     of_module: dict[str, dict[str, str]] = {}
     for key in keys: of_module.setdefault(_module(key)[0], {})[key] = _module(key)[1]
     for module, its in ((m, of_module[m]) for m in moves):
         mine = {k: what for k, what in its.items() if what != "bias"}  # the projection's own bias stays post's, as in full checkpoints
-        rows = {k: keys[k] for k, what in mine.items() if what.startswith(("lora_B", "lora_magnitude")) or what == "weight"}
+        rows = {k: keys[k] for k, what in mine.items() if what.startswith(("lora_B", "lora_magnitude"))}
+        if "weight" in mine.values():  # trained as a whole: peft wants to find it, so it becomes pre's
+            key = next(k for k, what in mine.items() if what == "weight")
+            whole[key] = _spans(base, moves[module], keys[key]["shape"], s)
+            continue
         spans = {k: _spans(base, moves[module], t["shape"] if len(t["shape"]) > 1 else [t["shape"][0], 1], s) for k, t in rows.items() if t["shape"]}
         if all(found == [(0, math.prod(rows[k]["shape"]))] for k, found in spans.items()):
             drop |= mine.keys()
             gone |= {module} if mine else set()
             continue
         if any("lora_magnitude" in what for what in mine.values()): raise CheckpointError(f"{module} is a DoRA module of which only some rows are chosen: merge the adapter into its base model first (peft's merge_and_unload)")
-        if "weight" in mine.values(): raise CheckpointError(f"{module} was trained as a whole, and only some of its rows are chosen: merge the adapter into its base model first (peft's merge_and_unload)")
         if str(adapter.get("init_lora_weights")).lower() not in ("true", "false", "none", "gaussian", "eva", "orthogonal"):
             raise CheckpointError(f"the adapter begins from the base model's own weights (init_lora_weights={adapter['init_lora_weights']}), and of {module} only some rows are chosen: merge it first (merge_and_unload)")
         for k, found in spans.items():
             size = (keys[k]["end"] - keys[k]["start"]) // max(1, math.prod(keys[k]["shape"]))
             zero[k] = [(a * size, b * size) for a, b in found]
-    if not drop and not zero: raise CheckpointError(f"{post} adds nothing to these projections of these layers: there is nothing to restore")
-    return drop, zero, gone
+    if not drop and not zero and not whole: raise CheckpointError(f"{post} adds nothing to these projections of these layers: there is nothing to restore")
+    return drop, zero, whole, gone
+
+# %% ../nbs/11c_adapters.ipynb #66c9e21d
+def _from_pre(file: Path, key: str, spans: list, pre: dict) -> Row:
+    "Write pre's numbers over rows of a module that the adapter has trained as a whole."
+    module, target = _module(key)[0], read_header(file)[key]
+    tail = f"layers.{module.split('layers.')[-1]}.weight"
+    hits = [n for n in (f"{module}.weight",) if n in pre] or [n for n in pre if n.endswith("." + tail) or n == tail]
+    if len(hits) != 1 or pre[hits[0]]["shape"] != target["shape"]: raise CheckpointError(f"pre has no tensor {module}.weight of shape {target['shape']}: is it the base model of this adapter?")
+    source = pre[hits[0]]
+    size = lambda t: (t["end"] - t["start"]) // max(1, math.prod(t["shape"]))
+    there, here = (t | dict(spans=[(t["start"] + a * size(t), t["start"] + b * size(t)) for a, b in spans]) for t in (target, source))
+    before, mix = sha256(there), None if source["dtype"] == target["dtype"] else Mixer(source["dtype"], target["dtype"], 1.)
+    after, part = overwrite(there, here, mix), spans != [(0, math.prod(target["shape"]))]
+    inside = [(a - target["start"], b - target["start"]) for a, b in there["spans"]]
+    return Row(key, target["dtype"], target["shape"], sum(b - a for a, b in inside), before, after, layer_number(module), role_of(module + ".weight"), inside if part else None, source["dtype"] if mix else None)
 
 # %% ../nbs/11c_adapters.ipynb #bddf5373
 def restore_adapter(
@@ -144,14 +164,16 @@ def restore_adapter(
     if selection.include: raise CheckpointError("an adapter adds to weights: include= has nothing to choose from")
     config, base, keys = _adapter_config(post), read_config(pre), read_header(post / WEIGHTS)
     if not _is_base(config, pre, names[0]): warnings.warn(f"{post} says that it was trained on {config['base_model_name_or_path']}, and pre is {names[0]}: are they the same?", stacklevel=3)
-    drop, zero, gone = _sorted_out(base, config, keys, selection, post)
-    if len(drop) == len(keys): raise CheckpointError(f"{post} adds to nothing else: restored, it would be {pre} itself")
+    drop, zero, whole, gone = _sorted_out(base, config, keys, selection, post)
+    if len(drop) + len(whole) == len(keys): raise CheckpointError(f"{post} adds to nothing else: restored, it would be {pre} itself")
+    if not any("lora_" in _module(k)[1] for k in keys.keys() - drop): raise CheckpointError(f"nothing would be left of LoRA in {post}, and peft loads no such adapter: merge it into its base model first (merge_and_unload)")
     check_out(out, pre, post)
     renamed = {k: k.replace("base_layer.bias", "bias") for k in keys if _module(k)[0] in gone and k not in drop}
     with new_folder(post, out) as part:
         _write_without(post / WEIGHTS, part / WEIGHTS, drop, zero, renamed)
         if gone: (part / CONFIG).write_text(json.dumps(_without_modules(config, sorted(gone)), indent=2) + "\n")
+        rows = [_from_pre(part / WEIGHTS, key, spans, read_index(pre)) for key, spans in sorted(whole.items())]
         with open(part / WEIGHTS, "rb") as f: digest = hashlib.file_digest(f, "sha256").hexdigest()
         method = "QK-Restore, arXiv 2606.11052, on an adapter: what it adds to these modules is left out"
-        write_result(part, Note(method, names[0], names[1], selection, left_out=sorted(drop), zeroed=dict(sorted(zero.items())), sha256={WEIGHTS: digest}))
+        write_result(part, Note(method, names[0], names[1], selection, rows, left_out=sorted(drop), zeroed=dict(sorted(zero.items())), sha256={WEIGHTS: digest}))
     return out

@@ -157,6 +157,18 @@ class Verified(TypedDict):
     equals: str  # pre, restored (a mixture or QK-Pro), post, both (it never differed), or neither
 
 
+def _verify_rows(folder: Path, note: Note, tensors: dict) -> list[Verified]:
+    "By the hashes of the note."
+    found = []
+    for row in note.rows:
+        t = tensors.get(row.tensor)
+        if t is None: raise CheckpointError(f"{folder} has no tensor {row.tensor} any more: the files were replaced since the restore")
+        now = sha256(t | (dict(spans=[(t["start"] + a, t["start"] + b) for a, b in row.spans]) if row.spans else {}))
+        written, post = now == row.sha256_restored, now == row.sha256_post
+        found.append(Verified(tensor=row.tensor, bytes=row.bytes, equals="both" if written and post else ("pre" if row.is_pre else "restored") if written else "post" if post else "neither"))
+    return found
+
+
 def _verify_adapter(folder: Path, note: Note) -> list[Verified]:
     "What was left out must be absent, what was zeroed zero: then these modules are the base model's, pre's."
     found = read_header(folder / "adapter_model.safetensors")
@@ -165,20 +177,13 @@ def _verify_adapter(folder: Path, note: Note) -> list[Verified]:
         t = found.get(n)
         here = t and dict(t, spans=[(t["start"] + a, t["start"] + b) for a, b in spans])
         rows.append(Verified(tensor=n, bytes=sum(b - a for a, b in spans), equals="pre" if here and not any(any(p) for p in pieces(here)) else "neither"))
-    return rows
+    return rows + _verify_rows(folder, note, found)
 
-
+# %% ../nbs/11a_in_place.ipynb #938b7846
 def verify(
     folder: str | Path,  # the result of a restore
 ) -> list[Verified]:
     "For each restored tensor which it equals now. Raises CheckpointError where there is no note, or a tensor is gone."
     folder, note = Path(folder), read_note(folder)
     if note.left_out is not None: return _verify_adapter(folder, note)
-    tensors, found = read_index(folder, {r.tensor for r in note.rows}.__contains__), []
-    for row in note.rows:
-        t = tensors.get(row.tensor)
-        if t is None: raise CheckpointError(f"{folder} has no tensor {row.tensor} any more: the files were replaced since the restore")
-        now = sha256(t | (dict(spans=[(t["start"] + a, t["start"] + b) for a, b in row.spans]) if row.spans else {}))
-        written, post = now == row.sha256_restored, now == row.sha256_post
-        found.append(Verified(tensor=row.tensor, bytes=row.bytes, equals="both" if written and post else ("pre" if row.is_pre else "restored") if written else "post" if post else "neither"))
-    return found
+    return _verify_rows(folder, note, read_index(folder, {r.tensor for r in note.rows}.__contains__))

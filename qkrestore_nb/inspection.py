@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, Unpack
 
 from .checkpoints import CheckpointError, pieces
 from .families import Choice, Selection, families, known_family, layer_kinds, layer_number, text_config
-from .moves import Move, Side, moves_of, open_both, open_side, plan_sides
-from .restore import decode, located
+from .moves import Move, Side, decode, located, moves_of, open_both, open_side, plan_sides
 
 if TYPE_CHECKING: import numpy as np
 

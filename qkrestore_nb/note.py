@@ -77,8 +77,9 @@ def note_dict(
 ) -> dict:
     "A note as the JSON object that lies in the folder."
     head = dict(method=note.method, package=note.package, date=note.date, pre=note.pre, post=note.post) | _chosen(note) | note.settings
-    if note.left_out is not None: return head | dict(left_out=note.left_out, zeroed=note.zeroed, sha256=note.sha256)
+    if note.left_out is not None: head |= dict(left_out=note.left_out, zeroed=note.zeroed, sha256=note.sha256)
     short = [{f.name: v for f in fields(Row) if (v := getattr(r, f.name)) is not None and (v or f.name not in ("solved", "role"))} for r in note.rows]
+    if note.left_out is not None: return head | (dict(tensors=short) if short else {})
     before = dict(before=note.before) if note.before else {}
     return head | dict(rest="every other byte of the weights and every other file, README.md too, is that of post", tensors=short) | before
 
@@ -143,7 +144,7 @@ def _what(note: Note, rows: Iterable[Row] | None = None) -> str:
     "Which matrices."
     s = note.selection
     if s.tensors is not None: return f"the tensors that match `{s.tensors}`" + (f" (rows {_chosen(note)['rows']})" if s.rows else "")
-    roles = note.roles if note.rows else s.projections
+    roles = note.roles if note.rows and note.left_out is None else s.projections
     letters = roles if rows is None else "".join(dict.fromkeys(r.role for r in rows if r.role))
     if s.mla == "q_only": letters = letters.replace("k", "")
     what = _listed([_names[r] for r in letters]) or "the tensors below"
@@ -157,7 +158,8 @@ def summary(
 ) -> str:
     "One sentence that says what was done."
     s, where = note.settings, _where(note)
-    if note.left_out is not None: return f"What the adapter adds to {_what(note)} {where} was left out."
+    if note.left_out is not None:
+        return f"What the adapter adds to {_what(note)} {where} was left out." + " Where it had trained such a matrix as a whole, the base model's was restored." * bool(note.rows)
     solved, same = [r for r in note.rows if r.solved], [r for r in note.rows if r.is_pre]
     if solved:
         kept = f"{_what(note, same)} {where} is restored from the checkpoint before fine-tuning, and " if same else ""

@@ -13,8 +13,8 @@ import torch
 
 from .checkpoints import CheckpointError
 from .families import Selection, known_family, layer_kinds, text_config
-from .moves import Move
-from .restore import Copy, Model, encode, restored
+from .moves import Move, encode
+from .restore import Copy, Model, restored
 from .softmax_attention import attention_logits, rms_norm, rope_angles, rotate
 
 # %% ../nbs/09_procrustes.ipynb #b5a82c46

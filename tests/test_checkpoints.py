@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from qkrestore_nb import checkpoints, in_place, restore
 from qkrestore_nb.checkpoints import CheckpointError, locked, read_index
 from qkrestore_nb.in_place import JOURNAL, undo, verify
-from qkrestore_nb.moves import plan
+from qkrestore_nb.moves import encode, plan
 from qkrestore_nb.restore import qk_restore
 
 QK = [NAME.format(i, r) for i in (1, 2) for r in "qk"]
@@ -309,8 +309,8 @@ def test_rounding_of_every_kind_of_number():
     x = torch.randint(-2**31, 2**31 - 1, (1 << 20,), generator=torch.Generator().manual_seed(0)).to(torch.int32).view(torch.float32)
     x = torch.cat([x[~x.isnan()], torch.tensor([0., -0., float("inf"), -float("inf"), 65504., 65520., 65519.9, 1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, 1e-40])])
     for name, dtype in (("BF16", torch.bfloat16), ("F16", torch.float16), ("F32", torch.float32)):
-        assert restore.encode(x.numpy(), name) == x.to(dtype).view(torch.uint8).numpy().tobytes(), name
-    assert torch.frombuffer(bytearray(restore.encode(torch.tensor([float("nan")]).numpy(), "BF16")), dtype=torch.bfloat16).isnan().all()
+        assert encode(x.numpy(), name) == x.to(dtype).view(torch.uint8).numpy().tobytes(), name
+    assert torch.frombuffer(bytearray(encode(torch.tensor([float("nan")]).numpy(), "BF16")), dtype=torch.bfloat16).isnan().all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
