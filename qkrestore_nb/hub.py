@@ -23,54 +23,105 @@ HEADING = "## QK-Restore"
 def _table(note: Note) -> list[str]:
     "What was written, or left out."
     if note.left_out is not None:
-        return ["", "Left out of the adapter:", "", *(f"- `{n}`" for n in note.left_out), *(f"- rows of `{n}`" for n in note.zeroed)]
-    line = lambda r: f"| `{r.tensor}` | {r.dtype} | {r.shape} | {'rows' if r.spans else 'all'} | {'pre' if r.is_pre else 'solved for' if r.solved else 'mixture'} | `{r.sha256_restored}` |"
-    return ["", "| tensor | dtype | shape | part | numbers of | sha256 |", "|---|---|---|---|---|---|", *map(line, note.rows)]
+        return [
+            "",
+            "Left out of the adapter:",
+            "",
+            *(f"- `{n}`" for n in note.left_out),
+            *(f"- rows of `{n}`" for n in note.zeroed),
+        ]
+
+    def line(r: Row) -> str:
+        whose = "pre" if r.is_pre else "solved for" if r.solved else "mixture"
+        part = "rows" if r.spans else "all"
+        return f"| `{r.tensor}` | {r.dtype} | {r.shape} | {part} | {whose} | `{r.sha256_restored}` |"
+
+    return [
+        "",
+        "| tensor | dtype | shape | part | numbers of | sha256 |",
+        "|---|---|---|---|---|---|",
+        *map(line, note.rows),
+    ]
 
 
 def model_card(
     folder: str | Path,  # the result of a restore
 ) -> str:
-    "The README.md of the result with a section on the restore; an older one of the same heading is replaced. Raises CheckpointError where there is no note."
+    """The README.md of the result with a section on the restore; an older one of the same heading is replaced. Raises
+    CheckpointError where there is no note."""
     folder, note = Path(folder), read_note(folder)
     text = (folder / "README.md").read_text() if (folder / "README.md").exists() else "# " + folder.name + "\n"
     text = re.sub(rf"\n*{HEADING}\n.*?(?=\n## |\n# |\Z)", "", text, flags=re.S).rstrip()
     raw = note_dict(note)
     keys = ("layers", "projections", "heads", "rows", "include", "mla", "tensors_chosen", *note.settings)
-    said = [f"- method: {note.method}", f"- restored from (pre): `{note.pre}`", f"- everything else (post): `{note.post}`",
-            *(f"- {k}: {raw[k]}" for k in keys if raw.get(k) is not None), f"- made by {note.package}, {note.date}"]
-    return "\n".join([text, "", HEADING, "", f"{summary(note)} The aim is long-range recall ([arXiv 2606.11052](https://arxiv.org/abs/2606.11052)). No training was done.", "", *said, *_table(note), ""])
+    said = [
+        f"- method: {note.method}",
+        f"- restored from (pre): `{note.pre}`",
+        f"- everything else (post): `{note.post}`",
+        *(f"- {k}: {raw[k]}" for k in keys if raw.get(k) is not None),
+        f"- made by {note.package}, {note.date}",
+    ]
+    return "\n".join(
+        [
+            text,
+            "",
+            HEADING,
+            "",
+            f"{summary(note)} The aim is long-range recall ([arXiv 2606.11052](https://arxiv.org/abs/2606.11052)). "
+            f"No training was done.",
+            "",
+            *said,
+            *_table(note),
+            "",
+        ]
+    )
 
 # %% ../nbs/11d_hub.ipynb #35626cec
 def push_to_hub(
-    folder: str | Path,        # the result of a restore
-    repo: str,                 # owner/name; made if it is not there
+    folder: str | Path,  # the result of a restore
+    repo: str,  # owner/name; made if it is not there
     *,
     token: str | None = None,  # of the hub; None: what huggingface_hub finds
-    private: bool = True,      # of a new repository: nothing is published by accident
+    private: bool = True,  # of a new repository: nothing is published by accident
 ) -> str:
     "Upload the result with its model card. The folder stays as it is. Returns the address."
     from huggingface_hub import CommitOperationAdd, HfApi
+
     folder, card, api = Path(folder), model_card(folder), HfApi(token=token)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo): raise CheckpointError(f"{repo} is no name on the hub: give owner/name")
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in ("README.md", JOURNAL) and not p.name.endswith(".part")]
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise CheckpointError(f"{repo} is no name on the hub: give owner/name")
+    files = [
+        p
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name not in ("README.md", JOURNAL) and not p.name.endswith(".part")
+    ]
     try:
         api.create_repo(repo, private=private, exist_ok=True)
-        done = api.create_commit(repo, [CommitOperationAdd(str(p.relative_to(folder)), p) for p in files] + [CommitOperationAdd("README.md", card.encode())],
-                                 commit_message=f"{read_note(folder).method.split(',')[0]}: {summary(read_note(folder))}")
-    except Exception as e: raise CheckpointError(f"the hub does not take {repo} ({type(e).__name__}: {' '.join(str(e).split())[:200]}): check the name, your token (hf auth login) and the network") from e
+        done = api.create_commit(
+            repo,
+            [CommitOperationAdd(str(p.relative_to(folder)), p) for p in files]
+            + [CommitOperationAdd("README.md", card.encode())],
+            commit_message=f"{read_note(folder).method.split(',')[0]}: {summary(read_note(folder))}",
+        )
+    except Exception as e:
+        raise CheckpointError(
+            f"the hub does not take {repo} ({type(e).__name__}: {' '.join(str(e).split())[:200]}): check the name, "
+            f"your token (hf auth login) and the network"
+        ) from e
     return str(done)
 
 # %% ../nbs/11d_hub.ipynb #fe14bd13
 def _weights(moves, inside: float, outside: float) -> list[str]:
-    return [f"        - {{filter: {json.dumps(m.post)}, value: {inside:g}}}" for m in moves] + [f"        - {{value: {outside:g}}}"]
+    return [f"        - {{filter: {json.dumps(m.post)}, value: {inside:g}}}" for m in moves] + [
+        f"        - {{value: {outside:g}}}"
+    ]
 
 
 def mergekit_yaml(
-    pre: str | Path,        # checkpoint folders, or hub ids
+    pre: str | Path,  # checkpoint folders, or hub ids
     post: str | Path,
     *,
-    strength: float = 1.,   # as in `qk_restore`
+    strength: float = 1.0,  # as in `qk_restore`
     token: str | None = None,
     **choice: Unpack[Choice],  # layers, projections, include, mla, tensors
 ) -> str:
@@ -78,11 +129,44 @@ def mergekit_yaml(
     selection, strength = Selection(**choice), Mix(strength).strength
     sides = open_both(pre, post, selection, token=token)
     moves = plan_sides(*sides, selection)
-    if some := next((m for m in moves if not m.whole), None): raise CheckpointError(f"only some rows of {some.post} move, which mergekit cannot say: use qkrestore restore")
-    if other := next((m for m in moves if m.pre != m.post), None): raise CheckpointError(f"{other.post} is called {other.pre} in pre, which mergekit cannot say: use qkrestore restore")
-    rows = [Row(m.post, m.dtype, list(m.shape), m.bytes, "", "", m.layer, m.role, strength=strength if strength < 1 else None) for m in moves]
+    if some := next((m for m in moves if not m.whole), None):
+        raise CheckpointError(f"only some rows of {some.post} move, which mergekit cannot say: use qkrestore restore")
+    if other := next((m for m in moves if m.pre != m.post), None):
+        raise CheckpointError(
+            f"{other.post} is called {other.pre} in pre, which mergekit cannot say: use qkrestore restore"
+        )
+    rows = [
+        Row(
+            m.post,
+            m.dtype,
+            list(m.shape),
+            m.bytes,
+            "",
+            "",
+            m.layer,
+            m.role,
+            strength=strength if strength < 1 else None,
+        )
+        for m in moves
+    ]
     what = summary(Note("QK-Restore", sides[0].name, sides[1].name, selection, rows, dict(strength=strength)))
-    model = lambda name, inside, outside: [f"  - model: {json.dumps(str(name))}", "    parameters:", "      weight:", *_weights(moves, inside, outside)]
+
+    def model(name, inside: float, outside: float) -> list[str]:
+        head = [f"  - model: {json.dumps(str(name))}", "    parameters:", "      weight:"]
+        return head + _weights(moves, inside, outside)
+
     dtype = dict(BF16="bfloat16", F16="float16", F32="float32", F64="float64")[moves[0].dtype]
-    return "\n".join([f"# QK-Restore (arXiv 2606.11052). {what}", "merge_method: linear", f"base_model: {json.dumps(str(post))}",
-                      f"dtype: {dtype}", "parameters:", "  normalize: false", "models:", *model(pre, strength, 0), *model(post, 1 - strength, 1), ""])
+    return "\n".join(
+        [
+            f"# QK-Restore (arXiv 2606.11052). {what}",
+            "merge_method: linear",
+            f"base_model: {json.dumps(str(post))}",
+            f"dtype: {dtype}",
+            "parameters:",
+            "  normalize: false",
+            "models:",
+            *model(pre, strength, 0),
+            *model(post, 1 - strength, 1),
+            "",
+        ]
+    )

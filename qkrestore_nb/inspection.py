@@ -6,71 +6,100 @@ __all__ = ['Seen', 'Inspection', 'inspect_checkpoint', 'strip', 'principal_angle
 # %% ../nbs/11b_inspect.ipynb #bc5efdc1
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, Unpack
+from typing import TYPE_CHECKING, NotRequired, TypedDict, Unpack
 
 from .checkpoints import CheckpointError, pieces
 from .families import Choice, Selection, families, known_family, layer_kinds, layer_number, text_config
 from .moves import Move, Side, decode, located, moves_of, open_both, open_side, plan_sides
 
-if TYPE_CHECKING: import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 # %% ../nbs/11b_inspect.ipynb #9f1e8a9d
 class Seen(TypedDict):
     "One tensor that a restore would move."
+
     tensor: str
     layer: int | None
     role: str
     shape: list[int]
     dtype: str
-    bytes: int   # that would move
-    part: bool   # some rows only
+    bytes: int  # that would move
+    part: bool  # some rows only
     file: str
-    drift: NotRequired[float | None]         # of `compare`: change relative to pre's size; None: pre is zero
+    drift: NotRequired[float | None]  # of `compare`: change relative to pre's size; None: pre is zero
     angles: NotRequired[list[float] | None]  # of `compare`: the largest angle of each head, in degrees
 
 
 class Inspection(TypedDict):
     "A checkpoint as a restore sees it."
+
     folder: str
     family: str | None
     model_type: str | None
-    kinds: list[str]   # of the layers; "?" where the family is not known
-    bytes: int         # of the weights
+    kinds: list[str]  # of the layers; "?" where the family is not known
+    bytes: int  # of the weights
     moved_bytes: int
     tensors: list[Seen]
-    latent: bool       # K and V share a latent
+    latent: bool  # K and V share a latent
     other: NotRequired[str]  # of `compare`: pre
 
 # %% ../nbs/11b_inspect.ipynb #6d318e22
 def _selection(config: dict, choice: Choice) -> Selection:
     "What to look at: everything of latent attention, where nothing was chosen."
     selection, family = Selection(**choice), known_family(config)
-    if not family or not family["mla"] or selection.mla or selection.tensors is not None: return selection
+    if not family or not family["mla"] or selection.mla or selection.tensors is not None:
+        return selection
     return replace(selection, mla="with_latent")
 
 
 def _kinds(side: Side) -> list[str]:
     "Of the layers, as far as the table can say; the plan has refused already what it must not guess."
-    n = text_config(side.config).get("num_hidden_layers") or 1 + max((i for t in side.tensors for i in [layer_number(t)] if i is not None), default=-1)
-    try: return layer_kinds(side.config)
-    except CheckpointError: return ["?"] * n
+    n = text_config(side.config).get("num_hidden_layers") or 1 + max(
+        (i for t in side.tensors for i in [layer_number(t)] if i is not None), default=-1
+    )
+    try:
+        return layer_kinds(side.config)
+    except CheckpointError:
+        return ["?"] * n
 
 
 def _seen(side: Side, moves: list[Move]) -> Inspection:
     assert side.folder
     family, inner = known_family(side.config), text_config(side.config)
-    rows = [Seen(tensor=m.post, layer=m.layer, role=m.role, shape=list(m.shape), dtype=m.dtype, bytes=m.bytes, part=not m.whole, file=side.tensors[m.post]["file"].name) for m in moves]
-    return Inspection(folder=str(side.folder), family=next((n for n, f in families.items() if f is family), None), model_type=inner.get("model_type"), kinds=_kinds(side),
-                      bytes=sum(p.stat().st_size for p in side.folder.glob("*.safetensors")), moved_bytes=sum(m.bytes for m in moves), tensors=rows, latent=bool(family and family["mla"]))
+    rows = [
+        Seen(
+            tensor=m.post,
+            layer=m.layer,
+            role=m.role,
+            shape=list(m.shape),
+            dtype=m.dtype,
+            bytes=m.bytes,
+            part=not m.whole,
+            file=side.tensors[m.post]["file"].name,
+        )
+        for m in moves
+    ]
+    return Inspection(
+        folder=str(side.folder),
+        family=next((n for n, f in families.items() if f is family), None),
+        model_type=inner.get("model_type"),
+        kinds=_kinds(side),
+        bytes=sum(p.stat().st_size for p in side.folder.glob("*.safetensors")),
+        moved_bytes=sum(m.bytes for m in moves),
+        tensors=rows,
+        latent=bool(family and family["mla"]),
+    )
 
 
 def inspect_checkpoint(
-    folder: str | Path,   # a checkpoint folder, or a hub id
+    folder: str | Path,  # a checkpoint folder, or a hub id
     *,
     token: str | None = None,  # of the hub
     **choice: Unpack[Choice],  # as in `Selection`; where K and V share a latent and nothing is said, both are shown
 ) -> Inspection:
-    "Family, kinds of the layers, and the tensors that a restore would move, from config and headers. Raises CheckpointError as the restore would."
+    """Family, kinds of the layers, and the tensors that a restore would move, from config and headers. Raises
+    CheckpointError as the restore would."""
     side = open_side(folder, str(folder), Selection(**choice), token=token)
     return _seen(side, moves_of(side, _selection(side.config, choice)))
 
@@ -86,12 +115,16 @@ def principal_angles(
     a,  # (d, D) one head's weights
     b,  # (d, D) and the other's
 ) -> "np.ndarray":
-    "Angles between the two row spaces in degrees, largest first. Exact also where they are small: from the sines as well as the cosines."
+    """Angles between the two row spaces in degrees, largest first. Exact also where they are small: from the sines as
+    well as the cosines."""
     import numpy as np
+
     x, y = (np.linalg.qr(np.asarray(w, dtype="f8").T)[0].T for w in (a, b))
     cosines = np.linalg.svd(x @ y.T, compute_uv=False)
     sines = np.linalg.svd(y - (y @ x.T) @ x, compute_uv=False)  # an arccos of 0.9999999 would know no angle below 1e-4
-    return np.degrees(np.where(cosines[::-1] > .7, np.arcsin(np.clip(sines, 0, 1)), np.arccos(np.clip(cosines[::-1], -1, 1))))
+    return np.degrees(
+        np.where(cosines[::-1] > 0.7, np.arcsin(np.clip(sines, 0, 1)), np.arccos(np.clip(cosines[::-1], -1, 1)))
+    )
 
 # %% ../nbs/11b_inspect.ipynb #d475a79f
 def _heads(config: dict, role: str, selection: Selection) -> int:
@@ -102,61 +135,88 @@ def _heads(config: dict, role: str, selection: Selection) -> int:
     return len({h * n // H for h in selection.query_heads}) if selection.query_heads and H else n
 
 
-def _moved(move: Move, pre: Side, post: Side, heads: int) -> dict[str, Any]:
+def _moved(move: Move, pre: Side, post: Side, heads: int) -> tuple[float | None, list[float] | None]:
     "Drift and angles of one tensor."
     import numpy as np
-    x, y = (decode(b"".join(pieces(entry)), entry["dtype"]).astype("f8") for entry in (located(pre, move), located(post, move)))
+
+    x, y = (
+        decode(b"".join(pieces(entry)), entry["dtype"]).astype("f8")
+        for entry in (located(pre, move), located(post, move))
+    )
     size, width = float(np.linalg.norm(x)), move.shape[-1]
-    found: dict[str, Any] = dict(drift=float(np.linalg.norm(y - x)) / size if size else None, angles=None)
+    drift, angles = float(np.linalg.norm(y - x)) / size if size else None, None
     rows = x.size // width if len(move.shape) == 2 and move.role in ("q", "k") and heads else 0
-    plain = "adapter" not in move.post and "_a_" not in move.post and "_b_" not in move.post  # small factors have no heads
+    plain = not any(part in move.post for part in ("adapter", "_a_", "_b_"))  # small factors have no heads
     if plain and rows and rows % heads == 0 and rows // heads < width:
-        found["angles"] = [float(principal_angles(p, q)[0]) for p, q in zip(x.reshape(heads, -1, width), y.reshape(heads, -1, width))]
-    return found
+        by_head = zip(x.reshape(heads, -1, width), y.reshape(heads, -1, width), strict=True)
+        angles = [float(principal_angles(p, q)[0]) for p, q in by_head]
+    return drift, angles
 
 
 def compare(
-    pre: str | Path,   # a checkpoint folder, or a hub id
+    pre: str | Path,  # a checkpoint folder, or a hub id
     post: str | Path,  # and another
     *,
-    allow: str = "",   # fields of the configs that may differ
+    allow: str = "",  # fields of the configs that may differ
     token: str | None = None,
     **choice: Unpack[Choice],  # as in `inspect_checkpoint`
 ) -> Inspection:
-    "What `inspect_checkpoint` says of post, with how far each tensor is from pre's: drift, and for Q and K the largest angle of each head. Furthest first."
+    """What `inspect_checkpoint` says of post, with how far each tensor is from pre's: drift, and for Q and K the
+    largest angle of each head. Furthest first."""
     a, b = open_both(pre, post, Selection(**choice), token=token)
     selection = _selection(b.config, choice)
     moves = plan_sides(a, b, selection, cast=True, allow=allow)
     seen = _seen(b, moves)
-    seen["tensors"] = [Seen(**row, **_moved(m, a, b, _heads(b.config, m.role, selection))) for row, m in zip(seen["tensors"], moves)]  # type: ignore[typeddict-item]
+    for row, m in zip(seen["tensors"], moves, strict=True):
+        row["drift"], row["angles"] = _moved(m, a, b, _heads(b.config, m.role, selection))
     seen["tensors"].sort(key=lambda r: -(r["drift"] or 0))
-    return Inspection(**{**seen, "other": str(pre)})
+    seen["other"] = str(pre)
+    return seen
 
 # %% ../nbs/11b_inspect.ipynb #d4afec05
 def figure(
-    seen: Inspection,   # what `inspect_checkpoint` or `compare` gave
-    file: str | Path,   # svg, png or pdf
+    seen: Inspection,  # what `inspect_checkpoint` or `compare` gave
+    file: str | Path,  # svg, png or pdf
 ) -> None:
     "The strip of layers and, for two checkpoints, the drift of each tensor above its layer."
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
     from qkrestore_nb.core import colors, plot_style
+
     plot_style()
-    shade = dict(softmax=colors["softmax"], swa="#F6DCA6", linear=colors["linear"], conv="#C9C9C9", mlp="white") | {"?": "#EEEEEE"}
-    drifts, few = [r for r in seen["tensors"] if r.get("drift") is not None and r["role"] and r["layer"] is not None], len(seen["kinds"]) <= 40
+    shade = dict(softmax=colors["softmax"], swa="#F6DCA6", linear=colors["linear"], conv="#C9C9C9", mlp="white") | {
+        "?": "#EEEEEE"
+    }
+    drifts, few = (
+        [r for r in seen["tensors"] if r.get("drift") is not None and r["role"] and r["layer"] is not None],
+        len(seen["kinds"]) <= 40,
+    )
     fig, ax = plt.subplots(figsize=(8, 3.2 if drifts else 1.5))
     top = 100 * max((r["drift"] or 0 for r in drifts), default=0) or 1
-    for i, kind in enumerate(seen["kinds"]): ax.bar(i, -.12 * top, width=.92, color=shade[kind], edgecolor="#bbbbbb", linewidth=.5)
+    for i, kind in enumerate(seen["kinds"]):
+        ax.bar(i, -0.12 * top, width=0.92, color=shade[kind], edgecolor="#bbbbbb", linewidth=0.5)
     for r in drifts:
-        x = r["layer"] + .2 * ("qkvo".index(r["role"]) - .5)
-        ax.bar(x, 100 * r["drift"], width=.18, color=colors["post"])
-        if few: ax.text(x, 100 * r["drift"], r["role"].upper(), ha="center", va="bottom", fontsize=9)
-    ax.set(xlabel="layer", title=f"{Path(seen['folder']).name} ({seen['family'] or seen['model_type']})" + ": change of what a restore would move" * bool(drifts), ylim=(-.12 * top, 1.15 * top if drifts else 0))
+        x = r["layer"] + 0.2 * ("qkvo".index(r["role"]) - 0.5)
+        ax.bar(x, 100 * r["drift"], width=0.18, color=colors["post"])
+        if few:
+            ax.text(x, 100 * r["drift"], r["role"].upper(), ha="center", va="bottom", fontsize=9)
+    ax.set(
+        xlabel="layer",
+        title=f"{Path(seen['folder']).name} ({seen['family'] or seen['model_type']})"
+        + ": change of what a restore would move" * bool(drifts),
+        ylim=(-0.12 * top, 1.15 * top if drifts else 0),
+    )
     ax.xaxis.get_major_locator().set_params(integer=True)
-    if drifts: ax.set_ylabel("relative change, %")
-    else: ax.set_yticks([])
+    if drifts:
+        ax.set_ylabel("relative change, %")
+    else:
+        ax.set_yticks([])
     ax.grid(axis="x", visible=False)
     names = dict(softmax="softmax", swa="sliding window", linear="linear", conv="convolution", mlp="MLP")
-    fig.legend(handles=[Patch(fc=shade[k], ec="#bbbbbb", label=n) for k, n in names.items() if k in seen["kinds"]], loc="outside lower center", ncols=5)
+    fig.legend(
+        handles=[Patch(fc=shade[k], ec="#bbbbbb", label=n) for k, n in names.items() if k in seen["kinds"]],
+        loc="outside lower center",
+        ncols=5,
+    )
     fig.savefig(file)
     plt.close(fig)

@@ -13,44 +13,62 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from .checkpoints import CheckpointError, bits, hub_name, local_folder, read_config, read_index
-from .families import Choice, Selection, chosen_layers, disagreement, family_of, known_family, moves_by_hand, planned_moves, rows_by_hand, stretches, unwrapped
+from qkrestore_nb.families import (
+    QK,
+    Choice,
+    Selection,
+    chosen_layers,
+    disagreement,
+    family_of,
+    known_family,
+    moves_by_hand,
+    planned_moves,
+    rows_by_hand,
+    stretches,
+    unwrapped,
+)
 
 # %% ../nbs/08b_moves.ipynb #710831c8
 @dataclass(frozen=True)
 class Move:
     "One tensor, or some of its rows, on its way from pre to post."
-    pre: str                # its name in pre
-    post: str               # and in post
-    layer: int | None       # None: it stands in no layer
-    role: str               # q, k, v or o; empty where nobody says
+
+    pre: str  # its name in pre
+    post: str  # and in post
+    layer: int | None  # None: it stands in no layer
+    role: str  # q, k, v or o; empty where nobody says
     shape: tuple[int, ...]
-    dtype: str              # post's, as safetensors writes it: BF16
+    dtype: str  # post's, as safetensors writes it: BF16
     spans: tuple[tuple[int, int], ...]  # (start, stop) of the numbers that move, in the flattened tensor
-    pre_dtype: str = ""     # pre's, where that is another; empty: the same
+    pre_dtype: str = ""  # pre's, where that is another; empty: the same
 
     @property
-    def whole(self) -> bool: return self.spans == ((0, prod(self.shape)),)
+    def whole(self) -> bool:
+        return self.spans == ((0, prod(self.shape)),)
 
     @property
-    def bytes(self) -> int: return sum(stop - start for start, stop in self.spans) * bits[self.dtype] // 8
+    def bytes(self) -> int:
+        return sum(stop - start for start, stop in self.spans) * bits[self.dtype] // 8
 
 # %% ../nbs/08b_moves.ipynb #3716512f
 @dataclass(frozen=True)
 class Side:
     "One side of a restore, opened once: pre or post."
-    which: str               # pre or post, for messages
-    name: str                # how to call it in a note
+
+    which: str  # pre or post, for messages
+    name: str  # how to call it in a note
     config: dict
     tensors: dict[str, Any]  # name -> a torch tensor, or an entry of `read_index`
     clean: dict[str, str] = field(repr=False)  # name without wrappers -> name
     folder: Path | None = None
-    model: Any = None        # what was given, of a model or a state dict
-    quantized: str = ""      # the method that its config names
+    model: Any = None  # what was given, of a model or a state dict
+    quantized: str = ""  # the method that its config names
 
     def about(self, name: str) -> tuple[list[int], str]:
         "Shape and dtype of a tensor."
         t = self.tensors[name]
-        if isinstance(t, dict): return t["shape"], t["dtype"]
+        if isinstance(t, dict):
+            return t["shape"], t["dtype"]
         return list(t.shape), _torch_dtypes.get(str(t.dtype), str(t.dtype))
 
 
@@ -60,7 +78,9 @@ _torch_dtypes = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16"
 def _side(which: str, name: str, config: dict, tensors: dict, **more) -> Side:
     method = config.get("quantization_config") or {}
     said = method.get("quant_method", "quantization_config") if isinstance(method, dict) else "quantization_config"
-    return Side(which, name, config, tensors, {unwrapped(n): n for n in tensors}, quantized=str(said) if method else "", **more)
+    return Side(
+        which, name, config, tensors, {unwrapped(n): n for n in tensors}, quantized=str(said) if method else "", **more
+    )
 
 # %% ../nbs/08b_moves.ipynb #99f11809
 def as_dict(
@@ -73,47 +93,79 @@ def as_dict(
 def _wrapped(model, which: str) -> str | None:
     "What a model in memory is instead of whole: the rest of a sentence."
     inside = {type(m).__name__ for m in model.modules()} if hasattr(model, "modules") else {type(model).__name__}
-    if "FullyShardedDataParallel" in inside: return "is sharded by FSDP: save it whole (trainer.save_model with FULL_STATE_DICT, or accelerate merge-weights) and restore the folder"
-    if "DeepSpeedEngine" in type(model).__name__: return f"is a DeepSpeed engine: pass {which}.module, or with ZeRO-3 save it (save_16bit_model, zero_to_fp32.py) and restore the folder"
+    if "FullyShardedDataParallel" in inside:
+        return (
+            "is sharded by FSDP: save it whole (trainer.save_model with FULL_STATE_DICT, or accelerate "
+            "merge-weights) and restore the folder"
+        )
+    if "DeepSpeedEngine" in type(model).__name__:
+        return (
+            f"is a DeepSpeed engine: pass {which}.module, or with ZeRO-3 save it (save_16bit_model, "
+            f"zero_to_fp32.py) and restore the folder"
+        )
     if not hasattr(model, "config"):
-        if hasattr(model, "module"): return f"is wrapped ({type(model).__name__}): pass {which}.module"
-        return "has no config, which says which layers are softmax: pass models of transformers, or state dicts with config="
+        if hasattr(model, "module"):
+            return f"is wrapped ({type(model).__name__}): pass {which}.module"
+        return (
+            "has no config, which says which layers are softmax: pass models of transformers, or state dicts "
+            "with config="
+        )
     if any(hasattr(m, "_hf_hook") for m in model.modules()) and any(p.is_meta for p in model.parameters()):
-        return "is offloaded by accelerate, so that its weights are elsewhere: load it without device_map, or restore its folder"
+        return (
+            "is offloaded by accelerate, so that its weights are elsewhere: load it without device_map, or "
+            "restore its folder"
+        )
     return None
 
 
 def _strange(tensors: dict) -> str | None:
     "What state dicts hold instead of whole weights."
     if any(type(t).__name__ == "DTensor" or hasattr(t, "ds_id") for t in tensors.values()):
-        return "is sharded over processes (FSDP2, tensor parallel or ZeRO-3): gather it (get_model_state_dict with full_state_dict=True) or save it, and restore that"
-    if name := next((n for n in tensors if re.search(r"\.(base_layer|lora_\w+|modules_to_save|original_module)\.", n)), None):
-        return f"holds an adapter that is not merged ({name}): call merge_and_unload(), or give the adapter's folder as post"
+        return (
+            "is sharded over processes (FSDP2, tensor parallel or ZeRO-3): gather it (get_model_state_dict with "
+            "full_state_dict=True) or save it, and restore that"
+        )
+    if name := next(
+        (n for n in tensors if re.search(r"\.(base_layer|lora_\w+|modules_to_save|original_module)\.", n)), None
+    ):
+        return (
+            f"holds an adapter that is not merged ({name}): call merge_and_unload(), or give the adapter's "
+            f"folder as post"
+        )
     return None
 
 # %% ../nbs/08b_moves.ipynb #ac550be2
 def open_side(
-    x,                         # a model, a state dict, a folder or a hub id
-    which: str = "post",       # pre or post, for messages
-    selection: Selection = Selection(),  # for what; experts' tensors are not read where it cannot name them
-    config=None,               # of a state dict
+    x,  # a model, a state dict, a folder or a hub id
+    which: str = "post",  # pre or post, for messages
+    selection: Selection = QK,  # for what; experts' tensors are not read where it cannot name them
+    config=None,  # of a state dict
     token: str | None = None,  # of the hub
-    name: str = "",            # how to call it, where it was fetched already
+    name: str = "",  # how to call it, where it was fetched already
 ) -> Side:
-    "One side of a restore. Of folders headers are read, no tensor. Raises CheckpointError for what cannot be restored, with what to do."
+    """One side of a restore. Of folders headers are read, no tensor. Raises CheckpointError for what cannot be
+    restored, with what to do."""
     if isinstance(x, (str, Path)):
         folder = local_folder(x, token)
         raw = read_config(folder)
-        if selection.tensors is None: family_of(raw)  # unknown families are told before files are opened
-        keep = None if selection.tensors else lambda name: ".experts." not in name  # of some models 100,000 tensors are experts
+        if selection.tensors is None:
+            family_of(raw)  # unknown families are told before files are opened
+        keep = (
+            None if selection.tensors else lambda name: ".experts." not in name
+        )  # of some models 100,000 tensors are experts
         return _side(which, name or hub_name(x, folder), raw, read_index(folder, keep), folder=folder)
     if isinstance(x, dict):
-        if config is None: raise CheckpointError("a state dict does not say which layers are softmax: pass config=, the model's config")
+        if config is None:
+            raise CheckpointError(
+                "a state dict does not say which layers are softmax: pass config=, the model's config"
+            )
         tensors = x
     else:
-        if reason := _wrapped(x, which): raise CheckpointError(f"{which} {reason}")
+        if reason := _wrapped(x, which):
+            raise CheckpointError(f"{which} {reason}")
         tensors, config = x.state_dict(), x.config
-    if reason := _strange(tensors): raise CheckpointError(f"{which} {reason}")
+    if reason := _strange(tensors):
+        raise CheckpointError(f"{which} {reason}")
     return _side(which, which, as_dict(config), tensors, model=x)
 
 # %% ../nbs/08b_moves.ipynb #14538acd
@@ -127,16 +179,22 @@ def kind_of(
 def open_both(
     pre,
     post,
-    selection: Selection = Selection(),
-    config=None,               # of two state dicts
+    selection: Selection = QK,
+    config=None,  # of two state dicts
     token: str | None = None,
     names: Sequence[str] = ("", ""),  # how to call them, where they were fetched already
 ) -> tuple[Side, Side]:
     "Both sides. Raises CheckpointError where they are of two kinds, or the same folder."
-    if kind_of(pre) != kind_of(post): raise CheckpointError("pre and post must be of one kind: two models, two state dicts, or two folders")
-    if config is not None and kind_of(pre) != "dict": raise CheckpointError("config= is for state dicts: models and folders bring their own")
-    a, b = (open_side(x, w, selection, config, token, n) for x, w, n in zip((pre, post), ("pre", "post"), names))
-    if a.folder and b.folder and a.folder.resolve() == b.folder.resolve(): raise CheckpointError(f"pre and post are the same folder, {pre}: there is nothing to restore")
+    if kind_of(pre) != kind_of(post):
+        raise CheckpointError("pre and post must be of one kind: two models, two state dicts, or two folders")
+    if config is not None and kind_of(pre) != "dict":
+        raise CheckpointError("config= is for state dicts: models and folders bring their own")
+    a, b = (
+        open_side(x, w, selection, config, token, n)
+        for x, w, n in zip((pre, post), ("pre", "post"), names, strict=True)
+    )
+    if a.folder and b.folder and a.folder.resolve() == b.folder.resolve():
+        raise CheckpointError(f"pre and post are the same folder, {pre}: there is nothing to restore")
     return a, b
 
 # %% ../nbs/08b_moves.ipynb #45974a13
@@ -145,24 +203,35 @@ _holds_v = re.compile(r"qkv|query_key_value|c_attn|in_proj|W_pack|kv_b_proj|kv_p
 
 def _numbers_by_hand(side: Side, selection: Selection) -> list | None:
     "Layers of a selection by hand; None: every tensor that fits."
-    if selection.numbers is not None: return list(selection.numbers)
-    if selection.layers == "all": return None
+    if selection.numbers is not None:
+        return list(selection.numbers)
+    if selection.layers == "all":
+        return None
     if not known_family(side.config):
-        raise CheckpointError(f"model_type {side.config.get('model_type')!r} is not known, so layers={selection.layers!r} means nothing here: give numbers (--layers 3,7), or all for every layer")
+        raise CheckpointError(
+            f"model_type {side.config.get('model_type')!r} is not known, so layers={selection.layers!r} means "
+            f"nothing here: give numbers (--layers 3,7), or all for every layer"
+        )
     return [*chosen_layers(side.config, selection.layers), None]  # what stands in no layer may be named as well
 
 
 def moves_of(
     side: Side,
-    selection: Selection = Selection(),
+    selection: Selection = QK,
 ) -> list[Move]:
     "What a restore would move in one checkpoint. Raises CheckpointError where something is missing."
     if selection.tensors is None:
         found = planned_moves(side.config, side.clean, selection, side.which)
-        spans = lambda m, shape: stretches(side.config, m, shape, selection.query_heads)
+
+        def spans(m, shape):
+            return stretches(side.config, m, shape, selection.query_heads)
+
     else:
         found = moves_by_hand(side.clean, _numbers_by_hand(side, selection), selection.tensors)
-        spans = lambda m, shape: rows_by_hand(side.config, m["name"], shape, selection.rows)
+
+        def spans(m, shape):
+            return rows_by_hand(side.config, m["name"], shape, selection.rows)
+
     moves = []
     for m in found:
         name = side.clean[m["name"]]
@@ -175,21 +244,48 @@ def moves_of(
 def _check_floats(side: Side, name: str, dtype: str) -> None:
     "Quantized weights are told before anything else is compared."
     stem = name.removesuffix(".weight")
-    beside = (stem + s for s in (".weight_scale_inv", ".weight_scale", ".weight_scale_2", ".qweight", ".scales", ".weight_packed", ".weight.absmax", ".weight._data", ".SCB", "_scales", "_blocks"))
+    beside = (
+        stem + s
+        for s in (
+            ".weight_scale_inv",
+            ".weight_scale",
+            ".weight_scale_2",
+            ".qweight",
+            ".scales",
+            ".weight_packed",
+            ".weight.absmax",
+            ".weight._data",
+            ".SCB",
+            "_scales",
+            "_blocks",
+        )
+    )
     if scale := next((n for n in beside if n in side.tensors), None):
-        raise CheckpointError(f"{name} of {side.which} is quantized, its scales are {scale}: quantized projections cannot be put back one by one, restore before quantizing")
+        raise CheckpointError(
+            f"{name} of {side.which} is quantized, its scales are {scale}: quantized projections cannot be put back "
+            f"one by one, restore before quantizing"
+        )
     if dtype not in _torch_dtypes.values():
         by = f" ({side.quantized})" if side.quantized else ""
-        raise CheckpointError(f"{name} of {side.which} is stored as {dtype}{by}: quantized projections cannot be put back one by one, restore before quantizing")
+        raise CheckpointError(
+            f"{name} of {side.which} is stored as {dtype}{by}: quantized projections cannot be put back one by one, "
+            f"restore before quantizing"
+        )
 
 # %% ../nbs/08b_moves.ipynb #3f6410ab
 def _pair(a: Move, b: Move, sides: tuple[Side, Side], cast: bool) -> Move:
     "One move out of the two halves."
     if a.shape != b.shape:
-        method = next((f": {s.which} is quantized ({s.quantized}), restore before quantizing" for s in sides if s.quantized), ": they must be the same before it can be put back")
+        method = next(
+            (f": {s.which} is quantized ({s.quantized}), restore before quantizing" for s in sides if s.quantized),
+            ": they must be the same before it can be put back",
+        )
         raise CheckpointError(f"{b.post} has shape {list(a.shape)} in pre and {list(b.shape)} in post{method}")
     if a.dtype != b.dtype and not cast:
-        raise CheckpointError(f"{b.post} has dtype {a.dtype} in pre and {b.dtype} in post: they must be the same, or ask for a cast to post's (cast=True, --cast)")
+        raise CheckpointError(
+            f"{b.post} has dtype {a.dtype} in pre and {b.dtype} in post: they must be the same, or ask for a cast to "
+            f"post's (cast=True, --cast)"
+        )
     return Move(a.pre, b.post, b.layer, b.role, b.shape, b.dtype, b.spans, a.dtype if a.dtype != b.dtype else "")
 
 
@@ -197,7 +293,8 @@ def _by_hand(pre: Side, post: Side, selection: Selection) -> tuple[list[Move], l
     "The moves of post, and the same tensors of pre."
     b = moves_of(post, selection)
     back = {real: clean for clean, real in post.clean.items()}
-    if missing := next((back[m.post] for m in b if back[m.post] not in pre.clean), None): raise CheckpointError(f"pre has no tensor {missing}: do pre and post belong together?")
+    if missing := next((back[m.post] for m in b if back[m.post] not in pre.clean), None):
+        raise CheckpointError(f"pre has no tensor {missing}: do pre and post belong together?")
     a = []
     for m in b:
         name = pre.clean[back[m.post]]
@@ -210,83 +307,115 @@ def _by_hand(pre: Side, post: Side, selection: Selection) -> tuple[list[Move], l
 def plan_sides(
     pre: Side,
     post: Side,
-    selection: Selection = Selection(),
+    selection: Selection = QK,
     cast: bool = False,  # pre's dtype may be another; numbers are rounded to post's
-    allow: str = "",     # fields of the configs that may differ, with commas
+    allow: str = "",  # fields of the configs that may differ, with commas
 ) -> list[Move]:
     "The plan, of two sides that are open. Raises CheckpointError as `plan` does."
-    known = selection.tensors is None or selection.numbers is None and selection.layers != "all" and known_family(post.config) is not None
+    known = (
+        selection.tensors is None
+        or selection.numbers is None
+        and selection.layers != "all"
+        and known_family(post.config) is not None
+    )
     if reason := disagreement(pre.config, post.config, known, allow):
-        on = "" if reason.startswith(("allow=", "pre is a", "the kinds")) else f". If that is meant, allow={reason.split()[0]!r} (--allow {reason.split()[0]})"
+        on = (
+            ""
+            if reason.startswith(("allow=", "pre is a", "the kinds"))
+            else f". If that is meant, allow={reason.split()[0]!r} (--allow {reason.split()[0]})"
+        )
         raise CheckpointError(f"{reason}. Q and K of one would mean something else in the other{on}")
-    if selection.tensors is not None: a, b = _by_hand(pre, post, selection)
+    if selection.tensors is not None:
+        a, b = _by_hand(pre, post, selection)
     else:
         a, b = moves_of(pre, selection), moves_of(post, selection)
-        parts = [{(m.layer, m.role, re.split(r"(?:^|\.)layers\.\d+\.", unwrapped(m.post))[-1]) for m in moves} for moves in (a, b)]
-        if odd := sorted(parts[0] ^ parts[1]): raise CheckpointError(f"only one of pre and post has {odd[0][2]} in layer {odd[0][0]}: they are not the same kind of model")
-    return [_pair(x, y, (pre, post), cast) for x, y in zip(a, b)]
+        parts = [
+            {(m.layer, m.role, re.split(r"(?:^|\.)layers\.\d+\.", unwrapped(m.post))[-1]) for m in moves}
+            for moves in (a, b)
+        ]
+        if odd := sorted(parts[0] ^ parts[1]):
+            raise CheckpointError(
+                f"only one of pre and post has {odd[0][2]} in layer {odd[0][0]}: they are not the same kind of model"
+            )
+    return [_pair(x, y, (pre, post), cast) for x, y in zip(a, b, strict=True)]
 
 # %% ../nbs/08b_moves.ipynb #6bae788f
 def plan(
-    pre,                                 # two models, two state dicts, two checkpoint folders or hub ids
+    pre,  # two models, two state dicts, two checkpoint folders or hub ids
     post,
     selection: Selection | None = None,  # what shall move; or its fields as keywords
     *,
-    config=None,                         # state dicts only: the model's config, an object or a dict
-    cast: bool = False,                  # pre's dtype may be another
-    allow: str = "",                     # fields of the configs that may differ, with commas, as in rope_scaling
-    token: str | None = None,            # of the hub
-    **choice: Unpack[Choice],            # layers, projections, heads, rows, include, mla, tensors
+    config=None,  # state dicts only: the model's config, an object or a dict
+    cast: bool = False,  # pre's dtype may be another
+    allow: str = "",  # fields of the configs that may differ, with commas, as in rope_scaling
+    token: str | None = None,  # of the hub
+    **choice: Unpack[Choice],  # layers, projections, heads, rows, include, mla, tensors
 ) -> list[Move]:
-    "What a restore would do, move by move. Of folders it reads headers only. Raises CheckpointError as the restore would, TypeError for a word that is not known."
-    if selection is None: selection = Selection(**choice)
-    elif choice: raise TypeError(f"plan() got a selection and {', '.join(choice)} as well: give one of them")
+    """What a restore would do, move by move. Of folders it reads headers only. Raises CheckpointError as the restore
+    would, TypeError for a word that is not known."""
+    if selection is None:
+        selection = Selection(**choice)
+    elif choice:
+        raise TypeError(f"plan() got a selection and {', '.join(choice)} as well: give one of them")
     return plan_sides(*open_both(pre, post, selection, config, token), selection, cast, allow)
 
 # %% ../nbs/08b_moves.ipynb #e5e3a116
 def located(
-    side: Side,                  # a folder
+    side: Side,  # a folder
     move: Move,
     folder: Path | None = None,  # a copy of it
 ) -> dict:
     "Where the bytes of a move are: an entry of `read_index` with spans in bytes of the file."
     t = side.tensors[move.pre if side.which == "pre" else move.post]
     size = bits[t["dtype"]] // 8
-    return t | dict(spans=[(t["start"] + a * size, t["start"] + b * size) for a, b in move.spans], file=folder / t["file"].name if folder else t["file"])
+    return t | dict(
+        spans=[(t["start"] + a * size, t["start"] + b * size) for a, b in move.spans],
+        file=folder / t["file"].name if folder else t["file"],
+    )
 
 # %% ../nbs/08b_moves.ipynb #a77f6c2a
 def decode(
     data: bytes,  # of a file
-    dtype: str,   # as safetensors writes it
+    dtype: str,  # as safetensors writes it
 ) -> Any:
     "The numbers as a numpy array of float32 (float64 for F64)."
     import numpy as np
-    if dtype == "BF16": return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
-    return np.frombuffer(data, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]).astype("<f8" if dtype == "F64" else "<f4")
+
+    if dtype == "BF16":
+        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    return np.frombuffer(data, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]).astype(
+        "<f8" if dtype == "F64" else "<f4"
+    )
 
 
 def encode(
-    x,           # a numpy array
+    x,  # a numpy array
     dtype: str,  # as safetensors writes it
 ) -> bytes:
     "Numbers as the bytes of a dtype, rounded as torch does it: through float32, to nearest, ties to even."
     import numpy as np
-    if dtype == "F64": return x.astype("<f8").tobytes()
+
+    if dtype == "F64":
+        return x.astype("<f8").tobytes()
     with np.errstate(over="ignore"):
         x = x.astype("<f4")
-        if dtype != "BF16": return x.astype({"F32": "<f4", "F16": "<f2"}[dtype]).tobytes()
+        if dtype != "BF16":
+            return x.astype({"F32": "<f4", "F16": "<f2"}[dtype]).tobytes()
         u = x.view("<u4")
         return np.where(np.isnan(x), 0x7FC0, (u + (0x7FFF + ((u >> 16) & 1))) >> 16).astype("<u2").tobytes()
 
 # %% ../nbs/08b_moves.ipynb #936710e8
 class Mixer:
-    "(bytes of pre, bytes of post) -> bytes of the result, for a strength or a cast; keeps account of what was achieved."
+    """(bytes of pre, bytes of post) -> bytes of the result, for a strength or a cast; keeps account of what was
+    achieved."""
+
     def __init__(self, source: str, target: str, strength: float):
-        self.source, self.target, self.strength, self.dot, self.square = source, target, strength, 0., 0.
+        self.source, self.target, self.strength, self.dot, self.square = source, target, strength, 0.0, 0.0
 
     def __call__(self, new: bytes, old: bytes) -> bytes:
         a = decode(new, self.source)
-        if self.strength == 1: return encode(a, self.target)
+        if self.strength == 1:
+            return encode(a, self.target)
         a, b = a.astype("<f8"), decode(old, self.target).astype("<f8")
         made = encode(b + self.strength * (a - b), self.target) if self.strength else old
         step = decode(made, self.target) - b
@@ -299,7 +428,12 @@ def warning_of(
     selection: Selection,
 ) -> str | None:
     "What whoever named tensors by hand should know about these moves."
-    if selection.tensors is None or selection.rows is not None: return None
+    if selection.tensors is None or selection.rows is not None:
+        return None
     more = next((m.post for m in moves if _holds_v.search(m.post.rpartition(".layers.")[2]) and m.whole), None)
-    if more: return f"{more} holds more than Q and K, and all of it moves: say rows=, as in rows='qk' (--rows qk) where Q, K and V stand one below the other"
+    if more:
+        return (
+            f"{more} holds more than Q and K, and all of it moves: say rows=, as in rows='qk' (--rows qk) where "
+            f"Q, K and V stand one below the other"
+        )
     return None

@@ -18,55 +18,65 @@ from .families import Selection, layer_number, role_of
 @dataclass(frozen=True)
 class Row:
     "What was written into one tensor of the result."
+
     tensor: str
     dtype: str
     shape: list[int]
-    bytes: int                # that were written
-    sha256_post: str          # of these bytes before
-    sha256_restored: str      # and after
+    bytes: int  # that were written
+    sha256_post: str  # of these bytes before
+    sha256_restored: str  # and after
     layer: int | None = None
-    role: str = ""            # q, k, v, o; empty where nobody says
-    spans: list | None = None      # (start, stop) in bytes of the tensor; None: the whole tensor
-    cast_from: str | None = None   # pre's dtype, where it was rounded
+    role: str = ""  # q, k, v, o; empty where nobody says
+    spans: list | None = None  # (start, stop) in bytes of the tensor; None: the whole tensor
+    cast_from: str | None = None  # pre's dtype, where it was rounded
     strength: float | None = None  # of a mixture; None: pre's numbers
     strength_achieved: float | None = None  # after rounding
-    solved: bool = False      # neither pre's nor a mixture: computed by QK-Pro
+    solved: bool = False  # neither pre's nor a mixture: computed by QK-Pro
 
     @property
-    def is_pre(self) -> bool: return not self.solved and self.strength in (None, 1)
+    def is_pre(self) -> bool:
+        return not self.solved and self.strength in (None, 1)
 
 # %% ../nbs/08c_note.ipynb #86042ef1
 @dataclass(frozen=True)
 class Note:
     "What was done to a checkpoint: method, selection, rows."
+
     method: str
-    pre: str                  # what the inputs are called: paths, or hub ids with the commit that was read
+    pre: str  # what the inputs are called: paths, or hub ids with the commit that was read
     post: str
     selection: Selection
     rows: list[Row] = field(default_factory=list)
     settings: dict = field(default_factory=dict)  # of the method, such as strength or lam
-    left_out: list[str] | None = None             # adapters: tensors that are missing now
+    left_out: list[str] | None = None  # adapters: tensors that are missing now
     zeroed: dict[str, list] = field(default_factory=dict)  # adapters: rows that are zero now, in bytes of the tensor
-    sha256: dict[str, str] = field(default_factory=dict)   # adapters: of whole files
-    before: dict | None = None                    # the note of post, where it was a result itself
+    sha256: dict[str, str] = field(default_factory=dict)  # adapters: of whole files
+    before: dict | None = None  # the note of post, where it was a result itself
     package: str = f"qkrestore_nb {__version__}"
     date: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
     @property
-    def layers(self) -> list[int]: return sorted({n for r in self.rows for n in [r.layer] if n is not None} | {n for t in self._left for n in [layer_number(t)] if n is not None})
+    def layers(self) -> list[int]:
+        return sorted(
+            {n for r in self.rows for n in [r.layer] if n is not None}
+            | {n for t in self._left for n in [layer_number(t)] if n is not None}
+        )
 
     @property
-    def roles(self) -> str: return "".join(dict.fromkeys(r.role for r in self.rows if r.role))
+    def roles(self) -> str:
+        return "".join(dict.fromkeys(r.role for r in self.rows if r.role))
 
     @property
-    def _left(self) -> list[str]: return [*(self.left_out or []), *self.zeroed]
+    def _left(self) -> list[str]:
+        return [*(self.left_out or []), *self.zeroed]
 
 # %% ../nbs/08c_note.ipynb #338ddd1a
 def _chosen(note: Note) -> dict:
     "The selection as the file has it: only what was chosen, and what moved in its place where that is another."
     s, by_hand = note.selection, note.selection.tensors is not None
     said = dict(layers=s.layers if isinstance(s.layers, str) and not by_hand else note.layers)
-    if not by_hand: said["projections"] = note.roles or s.projections
+    if not by_hand:
+        said["projections"] = note.roles or s.projections
     rows = ",".join(f"{a}:{b}" for a, b in s.rows) if isinstance(s.rows, tuple) else s.rows
     more: dict = dict(heads=s.query_heads, rows=rows, include=s.include, mla=s.mla, tensors_chosen=s.tensors)
     return said | {k: v for k, v in more.items() if v}
@@ -76,15 +86,42 @@ def note_dict(
     note: Note,
 ) -> dict:
     "A note as the JSON object that lies in the folder."
-    head = dict(method=note.method, package=note.package, date=note.date, pre=note.pre, post=note.post) | _chosen(note) | note.settings
-    if note.left_out is not None: head |= dict(left_out=note.left_out, zeroed=note.zeroed, sha256=note.sha256)
-    short = [{f.name: v for f in fields(Row) if (v := getattr(r, f.name)) is not None and (v or f.name not in ("solved", "role"))} for r in note.rows]
-    if note.left_out is not None: return head | (dict(tensors=short) if short else {})
+    head = (
+        dict(method=note.method, package=note.package, date=note.date, pre=note.pre, post=note.post)
+        | _chosen(note)
+        | note.settings
+    )
+    if note.left_out is not None:
+        head |= dict(left_out=note.left_out, zeroed=note.zeroed, sha256=note.sha256)
+    short = [
+        {
+            f.name: v
+            for f in fields(Row)
+            if (v := getattr(r, f.name)) is not None and (v or f.name not in ("solved", "role"))
+        }
+        for r in note.rows
+    ]
+    if note.left_out is not None:
+        return head | (dict(tensors=short) if short else {})
     before = dict(before=note.before) if note.before else {}
-    return head | dict(rest="every other byte of the weights and every other file, README.md too, is that of post", tensors=short) | before
+    return (
+        head
+        | dict(
+            rest="every other byte of the weights and every other file, README.md too, is that of post", tensors=short
+        )
+        | before
+    )
 
 # %% ../nbs/08c_note.ipynb #e4854cf3
-_known = dict(layers="layers", projections="projections", heads="heads", rows="rows", include="include", mla="mla", tensors_chosen="tensors")
+_known = dict(
+    layers="layers",
+    projections="projections",
+    heads="heads",
+    rows="rows",
+    include="include",
+    mla="mla",
+    tensors_chosen="tensors",
+)
 _heads = ("method", "package", "date", "pre", "post", "rest", "tensors", "before", "left_out", "zeroed", "sha256")
 
 
@@ -93,7 +130,10 @@ def _row(raw: dict, solved: bool) -> Row:
     old = {} if "layer" in raw else dict(layer=layer_number(raw["tensor"]), role=role, solved=solved and role == "q")
     row = Row(**{f.name: raw[f.name] for f in fields(Row) if f.name in raw} | old)
     spans = row.spans or []
-    if not all(isinstance(x, str) for x in (row.tensor, row.sha256_post, row.sha256_restored)) or not all(len(s) == 2 and 0 <= s[0] < s[1] for s in spans): raise ValueError(f"its row {row.tensor!r}")
+    if not all(isinstance(x, str) for x in (row.tensor, row.sha256_post, row.sha256_restored)) or not all(
+        len(s) == 2 and 0 <= s[0] < s[1] for s in spans
+    ):
+        raise ValueError(f"its row {row.tensor!r}")
     return row
 
 
@@ -102,12 +142,32 @@ def note_of(
 ) -> Note:
     "The note of a JSON object. Raises ValueError, KeyError or TypeError for an object that is none."
     s = {field: raw[key] for key, field in _known.items() if key in raw}
-    if "tensors" in s: s["layers"] = s.get("layers") or "all"
-    old_pro = "lam" in raw and not any("layer" in r for r in raw["tensors"])  # the first edition did not mark what was solved for
-    rows = [_row(r, old_pro) for r in raw.get("tensors", [])] if "left_out" in raw else [_row(r, old_pro) for r in raw["tensors"]]
-    if "left_out" in raw and not (isinstance(raw["left_out"], list) and isinstance(raw["zeroed"], dict)): raise ValueError("left_out and zeroed")
-    return Note(raw.get("method", ""), raw.get("pre", ""), raw.get("post", ""), Selection(**s), rows, {k: v for k, v in raw.items() if k not in (*_heads, *_known)},
-                raw.get("left_out"), raw.get("zeroed", {}), raw.get("sha256", {}), raw.get("before"), raw.get("package", ""), raw.get("date", ""))
+    if "tensors" in s:
+        s["layers"] = s.get("layers") or "all"
+    old_pro = "lam" in raw and not any(
+        "layer" in r for r in raw["tensors"]
+    )  # the first edition did not mark what was solved for
+    rows = (
+        [_row(r, old_pro) for r in raw.get("tensors", [])]
+        if "left_out" in raw
+        else [_row(r, old_pro) for r in raw["tensors"]]
+    )
+    if "left_out" in raw and not (isinstance(raw["left_out"], list) and isinstance(raw["zeroed"], dict)):
+        raise ValueError("left_out and zeroed")
+    return Note(
+        raw.get("method", ""),
+        raw.get("pre", ""),
+        raw.get("post", ""),
+        Selection(**s),
+        rows,
+        {k: v for k, v in raw.items() if k not in (*_heads, *_known)},
+        raw.get("left_out"),
+        raw.get("zeroed", {}),
+        raw.get("sha256", {}),
+        raw.get("before"),
+        raw.get("package", ""),
+        raw.get("date", ""),
+    )
 
 # %% ../nbs/08c_note.ipynb #662d7c2c
 NOTE = "qk_restore.json"
@@ -118,38 +178,63 @@ def read_note(
 ) -> Note:
     "What was done to it. Raises CheckpointError where there is no note, or it cannot be read."
     path = Path(folder) / NOTE
-    if not path.parent.is_dir(): raise CheckpointError(f"there is no folder {folder}: check the path")
-    if not path.is_file(): raise CheckpointError(f"{folder} has no {NOTE}: it is not the result of a restore")
-    try: return note_of(json.loads(path.read_text()))
-    except (ValueError, KeyError, TypeError, AttributeError) as e: raise CheckpointError(f"{path} cannot be read ({e!r:.100}): it is not the note of a restore, so restore again") from e
+    if not path.parent.is_dir():
+        raise CheckpointError(f"there is no folder {folder}: check the path")
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no {NOTE}: it is not the result of a restore")
+    try:
+        return note_of(json.loads(path.read_text()))
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise CheckpointError(
+            f"{path} cannot be read ({e!r:.100}): it is not the note of a restore, so restore again"
+        ) from e
 
 # %% ../nbs/08c_note.ipynb #2fc1617d
 _names = dict(q="W_Q", k="W_K", v="W_V", o="W_O")
 
 
-def _listed(words: Sequence[str]) -> str: return "".join(words) if len(words) < 2 else ", ".join(words[:-1]) + " and " + words[-1]
+def _listed(words: Sequence[str]) -> str:
+    return "".join(words) if len(words) < 2 else ", ".join(words[:-1]) + " and " + words[-1]
 
 
 def _where(note: Note) -> str:
     "Of which layers."
     kinds = dict(softmax="softmax", swa="sliding-window", linear="linear")
     s, found = note.selection, ", ".join(map(str, note.layers))
-    if not note.layers: return "outside the layers"
+    if not note.layers:
+        return "outside the layers"
     if isinstance(s.layers, str) and s.tensors is None:
-        return f"of {'all' if 'all' in s.layers else 'the ' + _listed([kinds[k] for k in s.layers.split('+')])} layers ({found})"
+        return (
+            f"of {'all' if 'all' in s.layers else 'the ' + _listed([kinds[k] for k in s.layers.split('+')])} "
+            f"layers ({found})"
+        )
     return f"of layer{'s' * (len(note.layers) > 1)} {found}"
 
 
 def _what(note: Note, rows: Iterable[Row] | None = None) -> str:
     "Which matrices."
     s = note.selection
-    if s.tensors is not None: return f"the tensors that match `{s.tensors}`" + (f" (rows {_chosen(note)['rows']})" if s.rows else "")
+    if s.tensors is not None:
+        return f"the tensors that match `{s.tensors}`" + (f" (rows {_chosen(note)['rows']})" if s.rows else "")
     roles = note.roles if note.rows and note.left_out is None else s.projections
     letters = roles if rows is None else "".join(dict.fromkeys(r.role for r in rows if r.role))
-    if s.mla == "q_only": letters = letters.replace("k", "")
+    if s.mla == "q_only":
+        letters = letters.replace("k", "")
     what = _listed([_names[r] for r in letters]) or "the tensors below"
-    if s.mla == "with_latent" and "k" in letters: what += " with the latent that K and V share"
-    if s.include: what += " (" + _listed([dict(norms="with the gains of their norms", bias="with their biases")[w] for w in s.include.split(",") if w]) + ")"
+    if s.mla == "with_latent" and "k" in letters:
+        what += " with the latent that K and V share"
+    if s.include:
+        what += (
+            " ("
+            + _listed(
+                [
+                    dict(norms="with the gains of their norms", bias="with their biases")[w]
+                    for w in s.include.split(",")
+                    if w
+                ]
+            )
+            + ")"
+        )
     return what + (f" of query heads {', '.join(map(str, s.query_heads))}" if s.query_heads else "")
 
 # %% ../nbs/08c_note.ipynb #6beb46a6
@@ -159,10 +244,20 @@ def summary(
     "One sentence that says what was done."
     s, where = note.settings, _where(note)
     if note.left_out is not None:
-        return f"What the adapter adds to {_what(note)} {where} was left out." + " Where it had trained such a matrix as a whole, the base model's was restored." * bool(note.rows)
+        return (
+            f"What the adapter adds to {_what(note)} {where} was left out."
+            + " Where it had trained such a matrix as a whole, the base model's was restored." * bool(note.rows)
+        )
     solved, same = [r for r in note.rows if r.solved], [r for r in note.rows if r.is_pre]
     if solved:
         kept = f"{_what(note, same)} {where} is restored from the checkpoint before fine-tuning, and " if same else ""
-        return f"{kept}{_what(note, solved)} {'' if same else where + ' '}was solved for (QK-Pro, lambda {s.get('lam')}, {s.get('space')} space, per {s.get('per')})."
-    if same or not note.rows: return f"{_what(note)} {where} were restored from the checkpoint before fine-tuning."
-    return f"{_what(note)} {where} are a mixture, {s.get('strength'):g} of the way from the fine-tuned checkpoint to the one before."
+        return (
+            f"{kept}{_what(note, solved)} {'' if same else where + ' '}was solved for (QK-Pro, lambda "
+            f"{s.get('lam')}, {s.get('space')} space, per {s.get('per')})."
+        )
+    if same or not note.rows:
+        return f"{_what(note)} {where} were restored from the checkpoint before fine-tuning."
+    return (
+        f"{_what(note)} {where} are a mixture, {s.get('strength'):g} of the way from the fine-tuned checkpoint to "
+        f"the one before."
+    )

@@ -12,7 +12,7 @@ from typing import overload
 import torch
 
 from .checkpoints import CheckpointError
-from .families import Selection, known_family, layer_kinds, text_config
+from .families import QK, Selection, known_family, layer_kinds, text_config
 from .moves import Move, encode
 from .restore import Copy, Model, restored
 from .softmax_attention import attention_logits, rms_norm, rope_angles, rotate
@@ -27,7 +27,8 @@ def _gram(k, lam, dtype):
 
 def _cholesky(k, lam, dtype):
     "(L, shift) with L L^T = K K^T + shift I; None where so small a ridge is lost in the rounding of dtype."
-    if lam < k.shape[-2] * torch.finfo(dtype).eps: return None
+    if lam < k.shape[-2] * torch.finfo(dtype).eps:
+        return None
     gram, shift = _gram(k, lam, dtype)
     gram.diagonal(dim1=-2, dim2=-1).add_(shift[..., 0])
     L, info = torch.linalg.cholesky_ex(gram)
@@ -35,50 +36,68 @@ def _cholesky(k, lam, dtype):
 
 
 def _spectrum(k, lam, name):
-    "Eigenvalues w and eigenvectors of K K^T, and the share w / (w + shift) that the ridge lets through; 0 where the keys read nothing."
+    """Eigenvalues w and eigenvectors of K K^T, and the share w / (w + shift) that the ridge lets through; 0 where the
+    keys read nothing."""
     gram, shift = _gram(k, lam, torch.float64)
     w, V = torch.linalg.eigh(gram)
     read = w > max(k.shape[-2:]) * torch.finfo(w.dtype).eps * w[..., -1:]
     if lam == 0 and not read.all():
-        warnings.warn(f"{name} is not of full row rank ({int(read.sum())} of {read.numel()}), so lam=0 uses the pseudo-inverse: "
-                      "queries go back only on what the keys read; a small lam > 0 needs no such rule", stacklevel=4)
+        warnings.warn(
+            f"{name} is not of full row rank ({int(read.sum())} of {read.numel()}), so lam=0 uses the pseudo-inverse: "
+            "queries go back only on what the keys read; a small lam > 0 needs no such rule",
+            stacklevel=4,
+        )
     return w, V, torch.where(read, w / (w + shift[..., 0]), 0)
 
 # %% ../nbs/09_procrustes.ipynb #77bc4257
 def solve_queries(
-    q_pre: torch.Tensor,          # (H D, d_model) W_Q before SFT
-    q_post: torch.Tensor,         # and after
-    k: torch.Tensor,              # (n_kv D, d_model) W_K before SFT, which goes back as it is
-    n_kv: int,                    # key heads
-    lam: float = 1e-2,            # ridge, in mean eigenvalues of the matrix it is added to; inf leaves q_post
-    space: str = "input",         # input: of the formula as it stands; head: with W transposed, for each key head
-    per: str = "matrix",          # input space: project on what all keys read, or kv_head: on what a query's own key head reads
-    dtype=torch.float32,          # of the solve
-    name: str = "W_K",            # for warnings
+    q_pre: torch.Tensor,  # (H D, d_model) W_Q before SFT
+    q_post: torch.Tensor,  # and after
+    k: torch.Tensor,  # (n_kv D, d_model) W_K before SFT, which goes back as it is
+    n_kv: int,  # key heads
+    lam: float = 1e-2,  # ridge, in mean eigenvalues of the matrix it is added to; inf leaves q_post
+    space: str = "input",  # input: of the formula as it stands; head: with W transposed, for each key head
+    per: str = "matrix",  # input space: project on what all keys read, or kv_head: on what a query's own key head reads
+    dtype=torch.float32,  # of the solve
+    name: str = "W_K",  # for warnings
 ) -> torch.Tensor:
     "The W_Q of QK-Pro, in `dtype`. No d_model x d_model matrix is made."
-    if lam > 1e30: return q_post.to(dtype, copy=True)  # the limit; larger numbers would overflow
+    if lam > 1e30:
+        return q_post.to(dtype, copy=True)  # the limit; larger numbers would overflow
     blocks = n_kv if space == "head" or per == "kv_head" else 1
     pre, post, K = (w.to(dtype).unflatten(0, (blocks, -1)) for w in (q_pre, q_post, k))  # (blocks, rows, d_model)
     delta, factor = pre - post, _cholesky(K, lam, dtype)
-    if factor is None: w, V, share = _spectrum(K, lam, name)
+    if factor is None:
+        w, V, share = _spectrum(K, lam, name)
     if space == "input":
-        if factor: return torch.baddbmm(post, torch.cholesky_solve(K @ delta.mT, factor[0]).mT, K).flatten(0, 1)
-        U = torch.where(share > 0, w.clamp(min=0).rsqrt(), 0)[..., None] * (V.mT @ K.double())  # orthonormal: what the keys read
+        if factor:
+            return torch.baddbmm(post, torch.cholesky_solve(K @ delta.mT, factor[0]).mT, K).flatten(0, 1)
+        U = torch.where(share > 0, w.clamp(min=0).rsqrt(), 0)[..., None] * (
+            V.mT @ K.double()
+        )  # orthonormal: what the keys read
         U = U.to(dtype)
         return (post + ((delta @ U.mT) * share[..., None, :].to(dtype)) @ U).flatten(0, 1)
     D, d = K.shape[1:]
-    delta = delta.unflatten(1, (-1, D)).transpose(1, 2).flatten(2)  # (n_kv, D, group d_model): the query heads of a key head side by side
-    if factor: lost = factor[1] * torch.cholesky_solve(delta, factor[0])
-    else: lost = (V * (1 - share)[..., None, :]).to(dtype) @ (V.mT.to(dtype) @ delta)
+    delta = (
+        delta.unflatten(1, (-1, D)).transpose(1, 2).flatten(2)
+    )  # (n_kv, D, group d_model): the query heads of a key head side by side
+    if factor:
+        lost = factor[1] * torch.cholesky_solve(delta, factor[0])
+    else:
+        lost = (V * (1 - share)[..., None, :]).to(dtype) @ (V.mT.to(dtype) @ delta)
     return (pre - lost.unflatten(2, (-1, d)).transpose(1, 2).flatten(1, 2)).flatten(0, 1)
 
 # %% ../nbs/09_procrustes.ipynb #5736dfd6
 def _assign(score):
     "The permutation p with the largest sum of score[i, p[i]] (the Hungarian method, O(n^3))."
     import numpy as np
+
     cost, n = -score.double().cpu().numpy(), len(score)
-    u, v, p = np.zeros(n + 1), np.zeros(n + 1), np.zeros(n + 1, int)  # p: the row of each column, counted from 1; 0: none
+    u, v, p = (
+        np.zeros(n + 1),
+        np.zeros(n + 1),
+        np.zeros(n + 1, int),
+    )  # p: the row of each column, counted from 1; 0: none
     for i in range(1, n + 1):
         p[0], j, low, way, used = i, 0, np.full(n + 1, np.inf), np.zeros(n + 1, int), np.zeros(n + 1, bool)
         while p[j]:
@@ -91,7 +110,8 @@ def _assign(score):
             v[used] -= low[nearest]
             low[~used] -= low[nearest]
             j = nearest
-            if j == 0: break
+            if j == 0:
+                break
         while j:
             p[j] = p[way[j]]
             j = way[j]
@@ -104,7 +124,7 @@ def _signs(M, gains):
     for g in gains.unique():
         i = (gains == g).nonzero()[:, 0]
         j = i[_assign(M[i][:, i].abs()).to(i.device)]
-        A[i, j] = torch.where(M[i, j] < 0, -1., 1.).to(M.dtype)
+        A[i, j] = torch.where(M[i, j] < 0, -1.0, 1.0).to(M.dtype)
     return A
 
 
@@ -119,23 +139,32 @@ def _planes(M):
 
 # %% ../nbs/09_procrustes.ipynb #8434cf93
 def procrustes_align(
-    q_pre: torch.Tensor,    # (H D, d_model) W_Q before SFT
-    k_pre: torch.Tensor,    # (n_kv D, d_model) W_K before SFT
-    q_post: torch.Tensor,   # and both after
+    q_pre: torch.Tensor,  # (H D, d_model) W_Q before SFT
+    k_pre: torch.Tensor,  # (n_kv D, d_model) W_K before SFT
+    q_post: torch.Tensor,  # and both after
     k_post: torch.Tensor,
-    n_kv: int,              # key heads
-    family: str = "orthogonal",  # orthogonal: any A = U V^T; signs: keeps logits under qk-norm; planes: keeps them under RoPE
+    n_kv: int,  # key heads
+    family: str = "orthogonal",  # any A = U V^T, or signs: keeps logits under qk-norm, or planes: under RoPE
     gains: torch.Tensor | None = None,  # signs: (D,) gain of q_norm times gain of k_norm; None: all equal
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    "W_Q and W_K of `pre` in the basis nearest to `post`, and A (n_kv, D, D), one for each key head: W = A^T W_pre. float32, or float64 if given."
-    if family not in ("orthogonal", "signs", "planes"): raise ValueError(f"family={family!r}: choose orthogonal, signs or planes")
+    """W_Q and W_K of `pre` in the basis nearest to `post`, and A (n_kv, D, D), one for each key head: W = A^T W_pre.
+    float32, or float64 if given."""
+    if family not in ("orthogonal", "signs", "planes"):
+        raise ValueError(f"family={family!r}: choose orthogonal, signs or planes")
     if q_pre.shape != q_post.shape or k_pre.shape != k_post.shape or len(k_pre) % n_kv or len(q_pre) % len(k_pre):
-        raise ValueError(f"W_Q {list(q_pre.shape)} and {list(q_post.shape)}, W_K {list(k_pre.shape)} and {list(k_post.shape)} with {n_kv} key heads do not fit together")
+        raise ValueError(
+            f"W_Q {list(q_pre.shape)} and {list(q_post.shape)}, W_K {list(k_pre.shape)} and {list(k_post.shape)} "
+            f"with {n_kv} key heads do not fit together"
+        )
     dtype, D = torch.promote_types(q_pre.dtype, torch.float32), len(k_pre) // n_kv
-    if family == "planes" and D % 2: raise ValueError(f"heads of {D} dimensions have no planes: RoPE needs an even number")
-    a, b, c, e = (w.to(dtype).unflatten(0, (n_kv, -1, D)) for w in (q_pre, q_post, k_pre, k_post))  # (n_kv, heads, D, d_model)
+    if family == "planes" and D % 2:
+        raise ValueError(f"heads of {D} dimensions have no planes: RoPE needs an even number")
+    a, b, c, e = (
+        w.to(dtype).unflatten(0, (n_kv, -1, D)) for w in (q_pre, q_post, k_pre, k_post)
+    )  # (n_kv, heads, D, d_model)
     M = (a @ b.mT).sum(1) + (c @ e.mT).sum(1)
-    if not M.isfinite().all(): raise ValueError("the weights hold NaN or inf, or are so large that their products do: align sound ones")
+    if not M.isfinite().all():
+        raise ValueError("the weights hold NaN or inf, or are so large that their products do: align sound ones")
     if family == "orthogonal":
         U, _, Vh = torch.linalg.svd(M)
         A = U @ Vh
@@ -146,17 +175,21 @@ def procrustes_align(
 
 # %% ../nbs/09_procrustes.ipynb #e766612d
 def logits(
-    q: torch.Tensor,               # (H D, d_model) W_Q
-    k: torch.Tensor,               # (n_kv D, d_model) W_K
-    x: torch.Tensor,               # (T, d_model) hidden states
-    n_kv: int,                     # key heads
-    gains=None,                    # (gain of q_norm, gain of k_norm), each (D,); None: no qk-norm
+    q: torch.Tensor,  # (H D, d_model) W_Q
+    k: torch.Tensor,  # (n_kv D, d_model) W_K
+    x: torch.Tensor,  # (T, d_model) hidden states
+    n_kv: int,  # key heads
+    gains=None,  # (gain of q_norm, gain of k_norm), each (D,); None: no qk-norm
     rope_theta: float | None = None,  # None: no RoPE
 ) -> torch.Tensor:
     "What a softmax layer compares: (H, T, T), before the mask."
     heads = [(x @ w.mT.to(x.dtype)).unflatten(-1, (-1, len(k) // n_kv))[None] for w in (q, k)]  # (1, T, H, D)
-    if gains is not None: heads = [rms_norm(y, g.to(y.dtype)) for y, g in zip(heads, gains)]
-    if rope_theta: heads = [rotate(y, *rope_angles(torch.arange(len(x), device=x.device)[None], y.shape[-1], rope_theta)) for y in heads]
+    if gains is not None:
+        heads = [rms_norm(y, g.to(y.dtype)) for y, g in zip(heads, gains, strict=True)]
+    if rope_theta:
+        heads = [
+            rotate(y, *rope_angles(torch.arange(len(x), device=x.device)[None], y.shape[-1], rope_theta)) for y in heads
+        ]
     return attention_logits(*heads)[0]
 
 
@@ -164,7 +197,8 @@ def logit_change(
     a: torch.Tensor,  # logits (H, T, T)
     b: torch.Tensor,  # other logits
 ) -> float:
-    "How far b is from a, relative to a's own spread over the keys; what all keys share is nothing to softmax and does not count."
+    """How far b is from a, relative to a's own spread over the keys; what all keys share is nothing to softmax and
+    does not count."""
     a, b = (y - y.mean(-1, keepdim=True) for y in (a, b))
     return ((b - a).norm() / a.norm()).item()
 
@@ -172,7 +206,10 @@ def logit_change(
 def _finite(x, name: str, which: str) -> torch.Tensor:
     "The numbers as a tensor, if every one of them is one."
     tensor = torch.as_tensor(x)
-    if not tensor.isfinite().all(): raise CheckpointError(f"{name} of {which} holds NaN or inf: find out what broke it before anything is solved with it")
+    if not tensor.isfinite().all():
+        raise CheckpointError(
+            f"{name} of {which} holds NaN or inf: find out what broke it before anything is solved with it"
+        )
     return tensor
 
 
@@ -181,7 +218,8 @@ def _groups(config: dict, selection: Selection) -> list[int]:
     inner = text_config(config)
     H = inner.get("num_attention_heads")
     n_kv = inner.get("num_key_value_heads") or H
-    if not H or H % n_kv: raise CheckpointError(f"{H} query heads cannot share {n_kv} key heads: is the config sound?")
+    if not H or H % n_kv:
+        raise CheckpointError(f"{H} query heads cannot share {n_kv} key heads: is the config sound?")
     read = [h * n_kv // H for h in (range(H) if selection.query_heads is None else selection.query_heads)]
     return [sorted(set(read)).index(k) for k in read]
 
@@ -189,120 +227,225 @@ def _groups(config: dict, selection: Selection) -> list[int]:
 def _solved(pre, post, keys, groups: list[int], **how) -> torch.Tensor:
     "W_Q of one layer. Key heads that are read by unequal numbers of the chosen query heads are solved for one by one."
     n, counts = max(groups) + 1, {groups.count(g) for g in groups}
-    if len(counts) == 1 or how["per"] == "matrix" and how["space"] == "input": return solve_queries(pre, post, keys, n, **how)
+    if len(counts) == 1 or how["per"] == "matrix" and how["space"] == "input":
+        return solve_queries(pre, post, keys, n, **how)
     D, made = len(pre) // len(groups), torch.empty_like(post, dtype=how["dtype"])
     for g in range(n):
-        rows = torch.tensor([h * D + i for h, one in enumerate(groups) if one == g for i in range(D)], device=pre.device)
-        made[rows] = solve_queries(pre[rows], post[rows], keys[g * D:(g + 1) * D], 1, **how)
+        rows = torch.tensor(
+            [h * D + i for h, one in enumerate(groups) if one == g for i in range(D)], device=pre.device
+        )
+        made[rows] = solve_queries(pre[rows], post[rows], keys[g * D : (g + 1) * D], 1, **how)
     return made
 
 
 def _keys_of(moves: Sequence[Move], config: dict, groups: list[int]) -> dict[Move, Move]:
     "W_Q -> the W_K of its layer. Raises CheckpointError where they are not a pair."
-    if field := next((f for c in (config, text_config(config)) for f in ("q_lora_rank", "kv_lora_rank") if c.get(f)), None):
-        raise CheckpointError(f"this is latent attention ({field} in the config): W_Q and W_K are products of small factors there: use qk_restore on the factors of both")
+    if field := next(
+        (f for c in (config, text_config(config)) for f in ("q_lora_rank", "kv_lora_rank") if c.get(f)), None
+    ):
+        raise CheckpointError(
+            f"this is latent attention ({field} in the config): W_Q and W_K are products of small factors there: use "
+            f"qk_restore on the factors of both"
+        )
     kinds = layer_kinds(config) if known_family(config) else {}
     if linear := sorted({m.layer for m in moves if m.layer is not None and kinds and kinds[m.layer] == "linear"}):
-        raise CheckpointError(f"layer {linear[0]} is linear: QK-Pro is about the logits of softmax layers, choose among those, or use qk_restore")
+        raise CheckpointError(
+            f"layer {linear[0]} is linear: QK-Pro is about the logits of softmax layers, choose among those, or use "
+            f"qk_restore"
+        )
     pairs = {}
     for layer in dict.fromkeys(m.layer for m in moves):
         q, k = ([m for m in moves if m.layer == layer and m.role == r and len(m.shape) == 2] for r in "qk")
-        if len(q) != 1 or len(k) != 1: raise CheckpointError(f"layer {layer} has {len(q)} W_Q and {len(k)} W_K among what would move, and QK-Pro needs one of each: choose them, or use qk_restore")
+        if len(q) != 1 or len(k) != 1:
+            raise CheckpointError(
+                f"layer {layer} has {len(q)} W_Q and {len(k)} W_K among what would move, and QK-Pro needs one of "
+                f"each: choose them, or use qk_restore"
+            )
         pairs[q[0]] = k[0]
         m, n = (sum(b - a for a, b in x.spans) // x.shape[1] for x in (q[0], k[0]))
         n_kv, H = max(groups) + 1, len(groups)
         if q[0].shape[1] != k[0].shape[1] or n % n_kv or m != n // n_kv * H:
-            raise CheckpointError(f"{q[0].post} {list(q[0].shape)} and {k[0].post} {list(k[0].shape)} are not {H} query and {n_kv} key heads of one size: use qk_restore")
+            raise CheckpointError(
+                f"{q[0].post} {list(q[0].shape)} and {k[0].post} {list(k[0].shape)} are not {H} query and {n_kv} key "
+                f"heads of one size: use qk_restore"
+            )
     return pairs
 
 # %% ../nbs/09_procrustes.ipynb #2e1d2668
 class Solve(Copy):
     "K of pre, and the Q that gives it the routing of pre as far as lam asks for it."
+
     method = "QK-Pro, arXiv 2606.11052"
 
     def __init__(
         self,
-        lam: float = 1e-2,         # as in `solve_queries`
+        lam: float = 1e-2,  # as in `solve_queries`
         space: str = "input",
         per: str = "matrix",
-        dtype: str = "float32",    # of the solve
-        device: str | None = None, # None: where post's weights are, for folders the CPU
-        selection: Selection = Selection(),
+        dtype: str = "float32",  # of the solve
+        device: str | None = None,  # None: where post's weights are, for folders the CPU
+        selection: Selection = QK,
     ):
         if isinstance(lam, bool) or not isinstance(lam, (int, float)) or not lam >= 0:  # NaN is not >= 0
-            raise CheckpointError(f"lam={lam!r}: give a number from 0 (all the way to pre) to inf (K only), in mean eigenvalues; 0.01 is a start")
-        if space not in ("input", "head"): raise CheckpointError(f"space={space!r}: choose input or head")
-        if per not in ("matrix", "kv_head"): raise CheckpointError(f"per={per!r}: choose matrix or kv_head")
-        if str(dtype).removeprefix("torch.") not in ("float32", "float64"): raise CheckpointError(f"dtype={dtype!r}: solve in float32 or float64")
-        self.lam, self.space, self.per, self.dtype = float(lam), space, "kv_head" if space == "head" else per, str(dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"lam={lam!r}: give a number from 0 (all the way to pre) to inf (K only), in mean eigenvalues; 0.01 "
+                f"is a start"
+            )
+        if space not in ("input", "head"):
+            raise CheckpointError(f"space={space!r}: choose input or head")
+        if per not in ("matrix", "kv_head"):
+            raise CheckpointError(f"per={per!r}: choose matrix or kv_head")
+        if str(dtype).removeprefix("torch.") not in ("float32", "float64"):
+            raise CheckpointError(f"dtype={dtype!r}: solve in float32 or float64")
+        self.lam, self.space, self.per, self.dtype = (
+            float(lam),
+            space,
+            "kv_head" if space == "head" else per,
+            str(dtype).removeprefix("torch."),
+        )
         self.device, self.selection, self.keys, self.groups = device, selection, {}, []
 
     @property
-    def settings(self) -> dict: return dict(lam=self.lam, space=self.space, per=self.per, dtype=self.dtype)
+    def settings(self) -> dict:
+        return dict(lam=self.lam, space=self.space, per=self.per, dtype=self.dtype)
 
     def check(self, moves, config):
         self.groups = _groups(config, self.selection)
         self.keys = _keys_of(moves, config, self.groups)
 
     def look(self, moves, read):
-        for q, k in self.keys.items(): [_finite(read(which, m), name, which) for which, m, name in (("pre", q, q.pre), ("post", q, q.post), ("pre", k, k.pre))]
+        for q, k in self.keys.items():
+            [
+                _finite(read(which, m), name, which)
+                for which, m, name in (("pre", q, q.pre), ("post", q, q.post), ("pre", k, k.pre))
+            ]
 
-    def adapter(self, pre, post, out, selection, names): raise CheckpointError(f"{post} is an adapter, and QK-Pro solves with whole weights: merge it into its base model first (peft's merge_and_unload)")
+    def adapter(self, pre, post, out, selection, names):
+        raise CheckpointError(
+            f"{post} is an adapter, and QK-Pro solves with whole weights: merge it into its base model first (peft's "
+            f"merge_and_unload)"
+        )
 
     def numbers(self, move, read):
-        if move not in self.keys: return read("pre", move)
+        if move not in self.keys:
+            return read("pre", move)
         k, d = self.keys[move], move.shape[1]
-        pre, post, keys = (_finite(read(which, m), m.pre if which == "pre" else m.post, which).reshape(-1, d) for which, m in (("pre", move), ("post", move), ("pre", k)))
+        pre, post, keys = (
+            _finite(read(which, m), m.pre if which == "pre" else m.post, which).reshape(-1, d)
+            for which, m in (("pre", move), ("post", move), ("pre", k))
+        )
         old, new, keys = (w.to(self.device or post.device) for w in (pre, post, keys))
-        q = _solved(old, new, keys, self.groups, lam=self.lam, space=self.space, per=self.per, dtype=getattr(torch, self.dtype), name=k.pre)
+        q = _solved(
+            old,
+            new,
+            keys,
+            self.groups,
+            lam=self.lam,
+            space=self.space,
+            per=self.per,
+            dtype=getattr(torch, self.dtype),
+            name=k.pre,
+        )
         return _finite(q, move.post, "the result").to(post.device).reshape(-1)
 
     def chunks(self, move, read):
-        if move not in self.keys: return super().chunks(move, read)
+        if move not in self.keys:
+            return super().chunks(move, read)
         data, at = encode(self.numbers(move, read).numpy(), move.dtype), 0
+
         def cut(new: bytes, old: bytes) -> bytes:
             nonlocal at
             at += len(old)
-            return data[at - len(old):at]
+            return data[at - len(old) : at]
+
         return cut
 
-    def said(self, move, mix): return dict(solved=True) if move in self.keys else {}
+    def said(self, move, mix):
+        return dict(solved=True) if move in self.keys else {}
 
 # %% ../nbs/09_procrustes.ipynb #898be3d5
 @overload
-def qk_pro(pre: str | Path, post: str | Path, out: str | Path | None = None, *, layers: str | Iterable[int] = "softmax", heads: str | Iterable[int] | None = None,
-           rows: str | Iterable[Sequence[int]] | None = None, include: str = "", tensors: str | None = None, lam: float = 1e-2, space: str = "input", per: str = "matrix", dtype: str = "float32",
-           device: str | None = None, inplace: bool = False, cast: bool = False, allow: str = "", token: str | None = None, progress: Callable[[int], None] | None = None) -> Path: ...
-@overload
-def qk_pro(pre: Model, post: Model, *, layers: str | Iterable[int] = "softmax", heads: str | Iterable[int] | None = None, rows: str | Iterable[Sequence[int]] | None = None,
-           include: str = "", tensors: str | None = None, lam: float = 1e-2, space: str = "input", per: str = "matrix", dtype: str = "float32", device: str | None = None, config=None,
-           inplace: bool = False, cast: bool = False, allow: str = "") -> Model: ...
 def qk_pro(
-    pre,                             # before SFT: a model, a state dict, a checkpoint folder, or a hub id
-    post,                            # after SFT, of the same kind
-    out: str | Path | None = None,   # folders only: where the result shall be; must not exist
+    pre: str | Path,
+    post: str | Path,
+    out: str | Path | None = None,
     *,
-    layers: str | Iterable[int] = "softmax",   # as in `qk_restore`: softmax, swa, several, or numbers of such layers
+    layers: str | Iterable[int] = "softmax",
+    heads: str | Iterable[int] | None = None,
+    rows: str | Iterable[Sequence[int]] | None = None,
+    include: str = "",
+    tensors: str | None = None,
+    lam: float = 1e-2,
+    space: str = "input",
+    per: str = "matrix",
+    dtype: str = "float32",
+    device: str | None = None,
+    inplace: bool = False,
+    cast: bool = False,
+    allow: str = "",
+    token: str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Path: ...
+@overload
+def qk_pro(
+    pre: Model,
+    post: Model,
+    *,
+    layers: str | Iterable[int] = "softmax",
+    heads: str | Iterable[int] | None = None,
+    rows: str | Iterable[Sequence[int]] | None = None,
+    include: str = "",
+    tensors: str | None = None,
+    lam: float = 1e-2,
+    space: str = "input",
+    per: str = "matrix",
+    dtype: str = "float32",
+    device: str | None = None,
+    config=None,
+    inplace: bool = False,
+    cast: bool = False,
+    allow: str = "",
+) -> Model: ...
+def qk_pro(
+    pre,  # before SFT: a model, a state dict, a checkpoint folder, or a hub id
+    post,  # after SFT, of the same kind
+    out: str | Path | None = None,  # folders only: where the result shall be; must not exist
+    *,
+    layers: str | Iterable[int] = "softmax",  # as in `qk_restore`: softmax, swa, several, or numbers of such layers
     heads: str | Iterable[int] | None = None,  # query heads; K follows by group. Default: all
     rows: str | Iterable[Sequence[int]] | None = None,  # as in `qk_restore`
-    include: str = "",               # norms, bias: what else is copied
-    tensors: str | None = None,      # a regular expression: W_Q and W_K by hand
-    lam: float = 1e-2,               # ridge, in mean eigenvalues of the matrix it is added to: 0 is nearest to pre, inf is K-only restore
-    space: str = "input",            # how to read the formula: input (the exact one for lam -> 0), or head (QK-Restore for lam -> 0)
-    per: str = "matrix",             # input space: one projector for the whole matrix, or kv_head: one for each key head
-    dtype: str = "float32",          # of the solve, or float64; the result has the dtype of post
-    device: str | None = None,       # where to solve; None: where post's weights are, for folders the CPU
-    config=None,                     # state dicts only: the model's config, an object or a dict
-    inplace: bool = False,           # change post itself; a folder keeps a journal, see `undo`
-    cast: bool = False,              # where pre's dtype differs, round to post's
-    allow: str = "",                 # fields of the configs that may differ, with commas
-    token: str | None = None,        # of the hub
+    include: str = "",  # norms, bias: what else is copied
+    tensors: str | None = None,  # a regular expression: W_Q and W_K by hand
+    lam: float = 1e-2,  # ridge, in mean eigenvalues of its matrix: 0 is nearest to pre, inf restores K only
+    space: str = "input",  # of the formula: input (exact for lam -> 0), or head (QK-Restore for lam -> 0)
+    per: str = "matrix",  # input space: one projector for the whole matrix, or kv_head: one for each key head
+    dtype: str = "float32",  # of the solve, or float64; the result has the dtype of post
+    device: str | None = None,  # where to solve; None: where post's weights are, for folders the CPU
+    config=None,  # state dicts only: the model's config, an object or a dict
+    inplace: bool = False,  # change post itself; a folder keeps a journal, see `undo`
+    cast: bool = False,  # where pre's dtype differs, round to post's
+    allow: str = "",  # fields of the configs that may differ, with commas
+    token: str | None = None,  # of the hub
     progress: Callable[[int], None] | None = None,  # folders: is told bytes as they are copied
 ):
-    """Restore W_K of the softmax layers from `pre` and give W_Q the routing of `pre` as far as `lam` asks for it (QK-Pro, arXiv 2606.11052).
+    """Restore W_K of the softmax layers from `pre` and give W_Q the routing of `pre` as far as `lam` asks for it
+    (QK-Pro, arXiv 2606.11052).
 
-    Returns what was given: a model, a state dict, or the path of the new folder. Inputs are never changed unless `inplace`.
-    Raises CheckpointError, a ValueError, with a sentence that says what to do; nothing is left behind then."""
+    Returns what was given: a model, a state dict, or the path of the new folder. Inputs are never changed
+    unless `inplace`. Raises CheckpointError, a ValueError, with a sentence that says what to do; nothing is
+    left behind then."""
     selection = Selection(layers, "qk", heads, rows, include, None, tensors)
     solve = Solve(lam, space, per, dtype, device, selection)
-    return restored(pre, post, solve, selection, out=out, config=config, inplace=inplace, cast=cast, allow=allow, token=token, progress=progress)
+    return restored(
+        pre,
+        post,
+        solve,
+        selection,
+        out=out,
+        config=config,
+        inplace=inplace,
+        cast=cast,
+        allow=allow,
+        token=token,
+        progress=progress,
+    )

@@ -11,22 +11,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from .adapters import is_adapter, restore_adapter
-from .checkpoints import CheckpointError, check_out, hub_name, is_hub_id, local_folder, new_folder, overwrite, pieces, sha256
-from .families import Selection
+from qkrestore_nb.checkpoints import (
+    CheckpointError,
+    check_out,
+    hub_name,
+    is_hub_id,
+    local_folder,
+    new_folder,
+    overwrite,
+    pieces,
+    sha256,
+)
+from .families import QK, Selection
 from .in_place import check_in_place, journaled, write_result
 from .moves import Mixer, Move, Side, decode, kind_of, located, open_both, plan_sides, warning_of
 from .note import Note, Row
 
-if TYPE_CHECKING: from torch.nn import Module
+if TYPE_CHECKING:
+    from torch.nn import Module
 Model = TypeVar("Model", bound="dict | Module")
 
 # %% ../nbs/08_restore.ipynb #a82cf986
 class Copy:
     "Pre's numbers."
+
     method = "QK-Restore, arXiv 2606.11052"
 
     @property
-    def settings(self) -> dict: return {}
+    def settings(self) -> dict:
+        return {}
 
     def check(self, moves: Sequence[Move], config: dict) -> None:
         "Raises CheckpointError for a plan that this transform cannot do."
@@ -44,7 +57,7 @@ class Copy:
 
     def chunks(self, move: Move, read: Callable) -> Callable[[bytes, bytes], bytes] | None:
         "(bytes of pre, bytes of post) -> bytes to write; None: those of pre."
-        return Mixer(move.pre_dtype, move.dtype, 1.) if move.pre_dtype else None
+        return Mixer(move.pre_dtype, move.dtype, 1.0) if move.pre_dtype else None
 
     def said(self, move: Move, mix) -> dict:
         "What a row of the note says beside its hashes."
@@ -54,19 +67,26 @@ class Copy:
 def _reader(pre: dict, post: dict) -> Callable:
     "The numbers of moves in two state dicts, flat, where post's are."
     import torch
+
     def read(which: str, move: Move):
         flat = (pre[move.pre].to(post[move.post].device) if which == "pre" else post[move.post]).detach().reshape(-1)
         return flat if move.whole else torch.cat([flat[a:b] for a, b in move.spans])
+
     return read
 
 
 def _in_memory(moves: Sequence[Move], transform: Copy, pre: Side, post: Side, inplace: bool):
     "Two models or state dicts. The result shares no memory with either, unless it is made in place."
     import copy
+
     a, b = pre.tensors, post.tensors
-    if any(t.is_meta for m in moves for t in (a[m.pre], b[m.post])): raise CheckpointError("a model on the meta device has no weights to restore: load it first")
+    if any(t.is_meta for m in moves for t in (a[m.pre], b[m.post])):
+        raise CheckpointError("a model on the meta device has no weights to restore: load it first")
     if all(a[m.pre].data_ptr() == b[m.post].data_ptr() for m in moves):
-        raise CheckpointError("pre and post share their memory: a state dict must be copied (copy.deepcopy) before training goes on, or load pre again")
+        raise CheckpointError(
+            "pre and post share their memory: a state dict must be copied (copy.deepcopy) before training goes on, "
+            "or load pre again"
+        )
     transform.look(moves, _reader(a, b))
     result = post.model if inplace else copy.deepcopy(post.model)
     b = result if isinstance(result, dict) else result.state_dict()
@@ -75,7 +95,8 @@ def _in_memory(moves: Sequence[Move], transform: Copy, pre: Side, post: Side, in
         old, new = b[move.post].data, transform.numbers(move, read)
         if not move.whole:
             flat, at = old.clone().reshape(-1), 0
-            for start, stop in move.spans: flat[start:stop], at = new[at:at + stop - start].to(old.dtype), at + stop - start
+            for start, stop in move.spans:
+                flat[start:stop], at = new[at : at + stop - start].to(old.dtype), at + stop - start
             new = flat
         old.copy_(new.view(old.shape))
     return result
@@ -83,21 +104,28 @@ def _in_memory(moves: Sequence[Move], transform: Copy, pre: Side, post: Side, in
 # %% ../nbs/08_restore.ipynb #6d537768
 class Mix(Copy):
     "Part of the way from post to pre."
+
     def __init__(self, strength: float):
         if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
             raise CheckpointError(f"strength={strength!r}: give a number from 0 (post) to 1 (pre)")
-        self.strength, self.dot, self.square = float(strength), 0., 0.
+        self.strength, self.dot, self.square = float(strength), 0.0, 0.0
 
     @property
-    def settings(self) -> dict: return dict(strength=self.strength, strength_achieved=self.dot / self.square if self.square else None)
+    def settings(self) -> dict:
+        return dict(strength=self.strength, strength_achieved=self.dot / self.square if self.square else None)
 
-    def adapter(self, pre, post, out, selection, names): raise CheckpointError(f"an adapter is restored as a whole, not at strength {self.strength:g}: merge it first (peft's merge_and_unload)")
+    def adapter(self, pre, post, out, selection, names):
+        raise CheckpointError(
+            f"an adapter is restored as a whole, not at strength {self.strength:g}: merge it first (peft's "
+            f"merge_and_unload)"
+        )
 
     def numbers(self, move, read):
         old = read("post", move).double()
         return old + self.strength * (read("pre", move).double() - old) if self.strength else old
 
-    def chunks(self, move, read): return Mixer(move.pre_dtype or move.dtype, move.dtype, self.strength)
+    def chunks(self, move, read):
+        return Mixer(move.pre_dtype or move.dtype, move.dtype, self.strength)
 
     def said(self, move, mix):
         self.dot, self.square = self.dot + mix.dot, self.square + mix.square
@@ -109,25 +137,44 @@ def file_reader(
     post: Side,
 ) -> Callable:
     "The numbers of moves in two folders, flat numpy arrays."
+
     def read(which: str, move: Move):
         entry = located(pre if which == "pre" else post, move)
         return decode(b"".join(pieces(entry)), entry["dtype"])
+
     return read
 
 # %% ../nbs/08_restore.ipynb #1c5d9674
 def _suspicions(pre: Path, post: Path, config: dict) -> None:
     "Warnings about folders that may be swapped, or should not be trained on."
-    traces, left = ("trainer_state.json", "training_args.bin", "optimizer.pt"), lambda folder: any((folder / t).exists() for t in traces)
+    traces, left = (
+        ("trainer_state.json", "training_args.bin", "optimizer.pt"),
+        lambda folder: any((folder / t).exists() for t in traces),
+    )
     named = Path(str(config.get("_name_or_path") or ".")).name == post.name
-    why = f"says that it was made from {post.name}" if named else f"holds the traces of a training run and {post} does not"
-    if left(pre) and not left(post) or named: warnings.warn(f"are pre and post swapped? {pre} {why}", stacklevel=4)
-    if state := next((p.name for name in ("optimizer.pt", "optimizer.bin", "global_step*") for p in post.glob(name)), None):
-        warnings.warn(f"{post} holds {state}, the optimizer of the weights as they were: do not resume training of the result from it", stacklevel=4)
+    why = (
+        f"says that it was made from {post.name}"
+        if named
+        else f"holds the traces of a training run and {post} does not"
+    )
+    if left(pre) and not left(post) or named:
+        warnings.warn(f"are pre and post swapped? {pre} {why}", stacklevel=4)
+    if state := next(
+        (p.name for name in ("optimizer.pt", "optimizer.bin", "global_step*") for p in post.glob(name)), None
+    ):
+        warnings.warn(
+            f"{post} holds {state}, the optimizer of the weights as they were: do not resume training of the "
+            f"result from it",
+            stacklevel=4,
+        )
 
 
 def _same(moves: Sequence[Move], pre: Side, post: Side) -> bool:
     "Whether not one byte would change."
-    return all(not m.pre_dtype and all(x == y for x, y in zip(pieces(located(pre, m)), pieces(located(post, m)))) for m in moves)
+    return all(
+        not m.pre_dtype and all(x == y for x, y in zip(pieces(located(pre, m)), pieces(located(post, m)), strict=False))
+        for m in moves
+    )
 
 # %% ../nbs/08_restore.ipynb #25a99dd3
 def _row(move: Move, transform: Copy, pre: Side, post: Side, part: Path, read: Callable) -> Row:
@@ -136,20 +183,43 @@ def _row(move: Move, transform: Copy, pre: Side, post: Side, part: Path, read: C
     before = sha256(target)
     after, start = overwrite(target, source, mix), target["start"]
     spans = None if move.whole else [(a - start, b - start) for a, b in target["spans"]]
-    return Row(move.post, move.dtype, list(move.shape), move.bytes, before, after, move.layer, move.role, spans, move.pre_dtype or None, **transform.said(move, mix))
+    return Row(
+        move.post,
+        move.dtype,
+        list(move.shape),
+        move.bytes,
+        before,
+        after,
+        move.layer,
+        move.role,
+        spans,
+        move.pre_dtype or None,
+        **transform.said(move, mix),
+    )
 
 
-def _folders(moves: Sequence[Move], transform: Copy, pre: Side, post: Side, selection: Selection, out: Path | None, progress) -> Path:
+def _folders(
+    moves: Sequence[Move], transform: Copy, pre: Side, post: Side, selection: Selection, out: Path | None, progress
+) -> Path:
     "Two checkpoint folders into a third, or, without `out`, into post."
     assert pre.folder and post.folder
     targets = [located(post, m) for m in moves]
-    if out: check_out(out, pre.folder, post.folder)
-    else: check_in_place(post.folder, targets)
-    if _same(moves, pre, post): raise CheckpointError(f"pre and post have the same bytes in all {len(moves)} tensors that would move: is one of them the wrong folder, or restored already?")
+    if out:
+        check_out(out, pre.folder, post.folder)
+    else:
+        check_in_place(post.folder, targets)
+    if _same(moves, pre, post):
+        raise CheckpointError(
+            f"pre and post have the same bytes in all {len(moves)} tensors that would move: is one of them the wrong "
+            f"folder, or restored already?"
+        )
     _suspicions(pre.folder, post.folder, pre.config)
     read = file_reader(pre, post)
-    if not out: transform.look(moves, read)
-    work: AbstractContextManager[Path] = new_folder(post.folder, out, progress) if out else journaled(post.folder, targets)
+    if not out:
+        transform.look(moves, read)
+    work: AbstractContextManager[Path] = (
+        new_folder(post.folder, out, progress) if out else journaled(post.folder, targets)
+    )
     with work as part:
         rows = [_row(m, transform, pre, post, part, read) for m in moves]
         write_result(part, Note(transform.method, pre.name, post.name, selection, rows, transform.settings))
@@ -157,20 +227,23 @@ def _folders(moves: Sequence[Move], transform: Copy, pre: Side, post: Side, sele
 
 # %% ../nbs/08_restore.ipynb #80b4ccc7
 def apply(
-    moves: Sequence[Move],      # of `plan_sides`
-    transform: Copy,            # Copy(), Mix(strength), or Solve(lam, ...) of chapter 9
-    pre: Side,                  # as `open_both` gives them
+    moves: Sequence[Move],  # of `plan_sides`
+    transform: Copy,  # Copy(), Mix(strength), or Solve(lam, ...) of chapter 9
+    pre: Side,  # as `open_both` gives them
     post: Side,
     *,
-    selection: Selection = Selection(),  # what was chosen, for the note
-    out: Path | None = None,    # folders: where the result shall be
-    inplace: bool = False,      # change post itself
+    selection: Selection = QK,  # what was chosen, for the note
+    out: Path | None = None,  # folders: where the result shall be
+    inplace: bool = False,  # change post itself
     progress: Callable[[int], None] | None = None,
 ) -> Any:
-    "Make the moves. Returns a model, a state dict, or the path of the folder. Raises CheckpointError; nothing is left behind then."
+    """Make the moves. Returns a model, a state dict, or the path of the folder. Raises CheckpointError; nothing is
+    left behind then."""
     transform.check(moves, post.config)
-    if more := warning_of(moves, selection): warnings.warn(more, stacklevel=4)
-    if post.folder: return _folders(moves, transform, pre, post, selection, out, progress)
+    if more := warning_of(moves, selection):
+        warnings.warn(more, stacklevel=4)
+    if post.folder:
+        return _folders(moves, transform, pre, post, selection, out, progress)
     return _in_memory(moves, transform, pre, post, inplace)
 
 
@@ -190,53 +263,119 @@ def restored(
 ) -> Any:
     "Plan and apply, with the rules for outputs that all repairs share."
     folders = kind_of(post) == "folder" and kind_of(pre) == "folder"
-    if folders and out is None and not inplace: raise CheckpointError("say where the restored checkpoint shall be: out=..., or inplace=True to change post itself")
-    if folders and out is not None and inplace: raise CheckpointError("a folder is restored in place or into out=, not both: leave one of them out")
-    if folders and inplace and is_hub_id(post): raise CheckpointError(f"{post} is on the hub and cannot be changed in place: give out= a free name")
+    if folders and out is None and not inplace:
+        raise CheckpointError(
+            "say where the restored checkpoint shall be: out=..., or inplace=True to change post itself"
+        )
+    if folders and out is not None and inplace:
+        raise CheckpointError("a folder is restored in place or into out=, not both: leave one of them out")
+    if folders and inplace and is_hub_id(post):
+        raise CheckpointError(f"{post} is on the hub and cannot be changed in place: give out= a free name")
     names = ["", ""]
     if folders:
         given, (pre, post) = (pre, post), [local_folder(x, token) for x in (pre, post)]
-        names = [hub_name(x, folder) for x, folder in zip(given, (pre, post))]
+        names = [hub_name(x, folder) for x, folder in zip(given, (pre, post), strict=True)]
         if is_adapter(post):
-            if cast or out is None: raise CheckpointError("an adapter is restored as a whole into out=: cast and inplace are for full checkpoints")
+            if cast or out is None:
+                raise CheckpointError(
+                    "an adapter is restored as a whole into out=: cast and inplace are for full checkpoints"
+                )
             return transform.adapter(pre, post, Path(out), selection, names)
     a, b = open_both(pre, post, selection, config, token, names)
-    if out is not None and not folders: raise CheckpointError("out= is for checkpoint folders: save the returned model with save_pretrained")
+    if out is not None and not folders:
+        raise CheckpointError("out= is for checkpoint folders: save the returned model with save_pretrained")
     moves = plan_sides(a, b, selection, cast, allow)
-    return apply(moves, transform, a, b, selection=selection, out=None if out is None else Path(out), inplace=inplace, progress=progress)
+    return apply(
+        moves,
+        transform,
+        a,
+        b,
+        selection=selection,
+        out=None if out is None else Path(out),
+        inplace=inplace,
+        progress=progress,
+    )
 
 # %% ../nbs/08_restore.ipynb #5b60623d
 @overload
-def qk_restore(pre: str | Path, post: str | Path, out: str | Path | None = None, *, layers: str | Iterable[int] = "softmax", projections: str = "qk",
-               heads: str | Iterable[int] | None = None, rows: str | Iterable[Sequence[int]] | None = None, include: str = "", mla: str | None = None, tensors: str | None = None,
-               strength: float = 1., inplace: bool = False, cast: bool = False, allow: str = "", token: str | None = None, progress: Callable[[int], None] | None = None) -> Path: ...
-@overload
-def qk_restore(pre: Model, post: Model, *, layers: str | Iterable[int] = "softmax", projections: str = "qk",
-               heads: str | Iterable[int] | None = None, rows: str | Iterable[Sequence[int]] | None = None, include: str = "", mla: str | None = None, tensors: str | None = None,
-               strength: float = 1., config=None, inplace: bool = False, cast: bool = False, allow: str = "") -> Model: ...
 def qk_restore(
-    pre,                                       # before SFT: a model, a state dict, a checkpoint folder, or a hub id (owner/name, owner/name@revision)
-    post,                                      # after SFT, of the same kind; also the folder of a LoRA adapter trained on top of pre
-    out: str | Path | None = None,             # folders only: where the result shall be; must not exist
+    pre: str | Path,
+    post: str | Path,
+    out: str | Path | None = None,
     *,
-    layers: str | Iterable[int] = "softmax",   # softmax (the paper's choice), swa, linear, all, several as in softmax+swa, or layer numbers
-    projections: str = "qk",                   # any of q, k, v, o
+    layers: str | Iterable[int] = "softmax",
+    projections: str = "qk",
+    heads: str | Iterable[int] | None = None,
+    rows: str | Iterable[Sequence[int]] | None = None,
+    include: str = "",
+    mla: str | None = None,
+    tensors: str | None = None,
+    strength: float = 1.0,
+    inplace: bool = False,
+    cast: bool = False,
+    allow: str = "",
+    token: str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Path: ...
+@overload
+def qk_restore(
+    pre: Model,
+    post: Model,
+    *,
+    layers: str | Iterable[int] = "softmax",
+    projections: str = "qk",
+    heads: str | Iterable[int] | None = None,
+    rows: str | Iterable[Sequence[int]] | None = None,
+    include: str = "",
+    mla: str | None = None,
+    tensors: str | None = None,
+    strength: float = 1.0,
+    config=None,
+    inplace: bool = False,
+    cast: bool = False,
+    allow: str = "",
+) -> Model: ...
+def qk_restore(
+    pre,  # before SFT: a model, a state dict, a checkpoint folder, or a hub id (owner/name, owner/name@revision)
+    post,  # after SFT, of the same kind; also the folder of a LoRA adapter trained on top of pre
+    out: str | Path | None = None,  # folders only: where the result shall be; must not exist
+    *,
+    layers: str
+    | Iterable[
+        int
+    ] = "softmax",  # softmax (the paper's choice), swa, linear, all, several as in softmax+swa, or layer numbers
+    projections: str = "qk",  # any of q, k, v, o
     heads: str | Iterable[int] | None = None,  # query heads; K and V follow by group. Default: all
-    rows: str | Iterable[Sequence[int]] | None = None,  # with tensors: rows such as 0:48, or letters as in qk where Q, K and V stand in one matrix
-    include: str = "",                         # norms, bias, or "norms,bias": what else of the chosen projections goes back. The paper's words: nothing
-    mla: str | None = None,                    # q_only or with_latent, for families in which K and V share a latent
-    tensors: str | None = None,                # a regular expression: the tensors by hand, for families that are not known
-    strength: float = 1.,                      # 1: pre's Q and K, 0: post's, between: a mixture
-    config=None,                               # state dicts only: the model's config, an object or a dict
-    inplace: bool = False,                     # change post itself; a folder keeps a journal, see `undo`
-    cast: bool = False,                        # where pre's dtype differs, round to post's
-    allow: str = "",                           # fields of the configs that may differ, with commas, as in rope_scaling
-    token: str | None = None,                  # of the hub; default: that of huggingface_hub
+    rows: str
+    | Iterable[Sequence[int]]
+    | None = None,  # with tensors: rows such as 0:48, or letters as in qk where Q, K and V stand in one matrix
+    include: str = "",  # norms, bias, or norms,bias: what else goes back. The paper's words: nothing
+    mla: str | None = None,  # q_only or with_latent, for families in which K and V share a latent
+    tensors: str | None = None,  # a regular expression: the tensors by hand, for families that are not known
+    strength: float = 1.0,  # 1: pre's Q and K, 0: post's, between: a mixture
+    config=None,  # state dicts only: the model's config, an object or a dict
+    inplace: bool = False,  # change post itself; a folder keeps a journal, see `undo`
+    cast: bool = False,  # where pre's dtype differs, round to post's
+    allow: str = "",  # fields of the configs that may differ, with commas, as in rope_scaling
+    token: str | None = None,  # of the hub; default: that of huggingface_hub
     progress: Callable[[int], None] | None = None,  # folders: is told bytes as they are copied
 ):
     """Restore W_Q and W_K of the softmax layers from `pre` and keep the rest of `post` (QK-Restore, arXiv 2606.11052).
 
-    Returns what was given: a model, a state dict, or the path of the new folder. Inputs are never changed unless `inplace`.
-    Raises CheckpointError, a ValueError, with a sentence that says what to do; nothing is left behind then."""
+    Returns what was given: a model, a state dict, or the path of the new folder. Inputs are never changed
+    unless `inplace`. Raises CheckpointError, a ValueError, with a sentence that says what to do; nothing is
+    left behind then."""
     selection, mix = Selection(layers, projections, heads, rows, include, mla, tensors), Mix(strength)
-    return restored(pre, post, mix if strength < 1 else Copy(), selection, out=out, config=config, inplace=inplace, cast=cast, allow=allow, token=token, progress=progress)
+    return restored(
+        pre,
+        post,
+        mix if strength < 1 else Copy(),
+        selection,
+        out=out,
+        config=config,
+        inplace=inplace,
+        cast=cast,
+        allow=allow,
+        token=token,
+        progress=progress,
+    )
