@@ -12,7 +12,7 @@ from typing import overload
 
 import torch
 
-from .checkpoints import CheckpointError, check_out, new_folder, overwrite, pieces, read_config, read_index, sha256, write_all
+from .checkpoints import CheckpointError, check_out, new_folder, open_own, overwrite, pieces, read_config, read_index, sha256, watch, write_all
 from .families import disagreement, layer_kinds, planned_tensors
 from .in_place import note_head, write_result
 from .restore import _Model, qk_restore
@@ -236,13 +236,14 @@ def _read(entry: dict) -> torch.Tensor:
 def _write(entry: dict, tensor: torch.Tensor) -> str:
     "The tensor over what stands in the file; returns the hash of what was written."
     data = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    with open(entry["file"], "r+b", buffering=0) as f: write_all(f.fileno(), data, entry["start"])
+    with open(open_own(entry["file"]), "r+b", buffering=0) as f: write_all(f.fileno(), data, entry["start"])
     return hashlib.sha256(data).hexdigest()
 
 
 def _pro_folders(pre: Path, post: Path, out: Path, layers, device, how: dict, said: dict) -> Path:
     "Two checkpoint folders into a third, a layer at a time."
     if pre.resolve() == post.resolve(): raise CheckpointError(f"pre and post are the same folder, {pre}: there is nothing to restore")
+    unchanged = watch(pre, post)
     names, H, n_kv = _plan(read_config(pre), read_config(post), layers)
     check_out(out, pre, post)
     a, b = read_index(pre), read_index(post)
@@ -260,6 +261,7 @@ def _pro_folders(pre: Path, post: Path, out: Path, layers, device, how: dict, sa
                 else: after = overwrite(target, a[source])
                 note.append(dict(tensor=name, dtype=b[name]["dtype"], shape=b[name]["shape"], bytes=target["end"] - target["start"],
                                  sha256_post=before, sha256_restored=after))
+        unchanged()
         write_result(part, note_head("QK-Pro, arXiv 2606.11052", pre, post, layers) | said, note)
     return out
 

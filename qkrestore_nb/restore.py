@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, overload
 
 from .adapters import is_adapter, restore_adapter
-from .checkpoints import CheckpointError, _sync, bits, check_out, locked, new_folder, overwrite, pieces, read_config, read_index, sha256
+from .checkpoints import JOURNAL, CheckpointError, _sync, bits, check_out, locked, new_folder, overwrite, pieces, read_config, read_index, sha256, watch
 from .families import chosen_layers, disagreement, family_of, moves_by_hand, planned_moves, planned_tensors, stretches
 from .hub import hub_name, is_hub_id, local_folder
 from .in_place import check_in_place, note_head, write_journal, write_result
@@ -189,25 +189,35 @@ def _warn_if_swapped(pre: Path, post: Path) -> None:
 
 
 @contextmanager
-def _in_place(post: Path, jobs: list[dict]):
+def _in_place(post: Path, jobs: list[dict], unchanged: Callable[[], None]):
     "The folder itself to work on, after its old bytes are safe; synced at the end."
     targets = [j["target"] for j in jobs]
     with locked(post, f"another run is at work in {post}: wait until it is done"):
         check_in_place(post, targets)
         write_journal(post, targets)
-        yield post
-        for file in {t["file"] for t in targets}: _sync(file)
+        try: unchanged()
+        except CheckpointError:  # nothing was written yet
+            (post / JOURNAL).unlink()
+            raise
+        try:
+            yield post
+            for file in {t["file"] for t in targets}: _sync(file)
+        except BaseException as e:  # also Ctrl-C
+            e.add_note(f"{post} is half restored: qkrestore undo {post}")
+            e.half_restored = post  # type: ignore[attr-defined]  # the command line takes it back at once
+            raise
 
 
 def _restore_folders(pre: Path, post: Path, out: Path | None, layers, projections, strength: float = 1., cast: bool = False,
                      progress=None, names: tuple = (), **choice) -> Path:
     "Two checkpoint folders into a third, or, without `out`, into post."
+    pre_same, post_same = watch(pre), watch(post)
     jobs = plan_restore(pre, post, cast, layers, projections, **choice)
     if out: check_out(out, pre, post)
     else: check_in_place(post, [j["target"] for j in jobs])
     if _same(jobs): raise CheckpointError(f"pre and post have the same bytes in all {len(jobs)} tensors that would move: is one of them the wrong folder, or restored already?")
     _warn_if_swapped(pre, post)
-    with new_folder(post, out, progress) if out else _in_place(post, jobs) as part:
+    with new_folder(post, out, progress) if out else _in_place(post, jobs, post_same) as part:
         rows, dot, square = [], 0., 0.
         for j in jobs:
             target, source = j["target"] | dict(file=part / j["target"]["file"].name), j["source"]
@@ -222,6 +232,8 @@ def _restore_folders(pre: Path, post: Path, out: Path | None, layers, projection
         chosen = {"tensors_chosen" if k == "tensors" else k: v for k, v in choice.items() if v is not None and v != ""}
         note = note_head("QK-Restore, arXiv 2606.11052", *(names or (pre, post)), layers) | dict(projections=projections, **chosen)
         if strength < 1: note |= dict(strength=strength, strength_achieved=dot / square if square else None)
+        pre_same()
+        if out: post_same()
         write_result(part, note, rows)
     return out or post
 
