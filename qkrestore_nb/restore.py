@@ -194,17 +194,18 @@ def _in_place(post: Path, jobs: list[dict], unchanged: Callable[[], None]):
     targets = [j["target"] for j in jobs]
     with locked(post, f"another run is at work in {post}: wait until it is done"):
         check_in_place(post, targets)
-        write_journal(post, targets)
-        try: unchanged()
-        except CheckpointError:  # nothing was written yet
-            (post / JOURNAL).unlink()
-            raise
         try:
+            write_journal(post, targets)
+            try: unchanged()
+            except CheckpointError:  # nothing was written yet
+                (post / JOURNAL).unlink()
+                raise
             yield post
             for file in {t["file"] for t in targets}: _sync(file)
         except BaseException as e:  # also Ctrl-C
-            e.add_note(f"{post} is half restored: qkrestore undo {post}")
-            e.half_restored = post  # type: ignore[attr-defined]  # the command line takes it back at once
+            if (post / JOURNAL).exists():
+                e.add_note(f"{post} is half restored: qkrestore undo {post}")
+                e.half_restored = post  # type: ignore[attr-defined]  # the command line takes it back at once
             raise
 
 
