@@ -70,11 +70,15 @@ def encode_chat(
         return ids, labels
     @cache
     def upto(n, prompt): return tokenizer.apply_chat_template(messages[:n], add_generation_prompt=prompt, return_dict=True)["input_ids"]
+    def said_from(i):  # where the words of message i begin, behind what the template asks an assistant with
+        if i: return len(upto(i, True))
+        whole, prompt = upto(1, False), upto(1, True)[len(upto(1, False)):]  # there is no empty conversation to ask
+        return next((j + len(prompt) for j in range(len(whole)) if prompt and whole[j:j + len(prompt)] == prompt), 0)
     ids = upto(len(messages), False)
     labels = [-100] * len(ids)
     for i, m in enumerate(messages):
         if m["role"] != "assistant": continue
-        a, b = len(upto(i, True)), len(upto(i + 1, False))
+        a, b = said_from(i), len(upto(i + 1, False))
         labels[a:b] = ids[a:b]
     return ids, labels
 

@@ -339,6 +339,12 @@ def test_json_that_is_none(pair, tmp_path, name, content, capsys):
     assert snapshot(tmp_path) == before
 
 
+def test_a_bound_of_json(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": 1}'.ljust(100))
+    assert read_json(tmp_path / "a.json", 100) == {"a": 1}
+    with pytest.raises(CheckpointError, match="larger than"): read_json(tmp_path / "a.json", 99)
+
+
 @pytest.mark.parametrize("kind", ["pipe", "large", "folder", "device"])
 def test_files_that_are_no_files(tmp_path, kind, capsys):
     folder = write_checkpoint(tmp_path / "pre", 1)
