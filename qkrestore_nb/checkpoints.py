@@ -309,7 +309,7 @@ def overwrite(
         raise CheckpointError(f"{source['file']} and {target['file']} disagree on the length of a tensor: nothing was written")
     h = hashlib.sha256()
     with open(open_own(target["file"]), "r+b", buffering=0) as f, open(source["file"], "rb") as g:
-        for (at, stop), (begin, _) in zip(spans_of(target), spans_of(source)):
+        for (at, stop), (begin, _) in zip(spans_of(target), spans_of(source), strict=True):
             g.seek(begin)
             while at < stop:
                 n = min(1 << 18, (stop - at) // b)  # numbers

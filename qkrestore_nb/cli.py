@@ -248,7 +248,8 @@ def leftovers(
     import json
     from qkrestore_nb.checkpoints import leftovers as look
     found = look(folder, remove)
-    rows = [dict(path=str(x.path), kind=x.kind, bytes=x.bytes, state=x.state, advice=x.advice, removed=remove and not x.path.exists()) for x in found]
+    rows: list[dict] = [dict(path=str(x.path), kind=x.kind, bytes=x.bytes, state=x.state, advice=x.advice, removed=remove and not x.path.exists())
+                        for x in found]
     if as_json: return echo(json.dumps(dict(folder=str(folder), found=rows)))
     for r in rows: echo(f"{r['kind']:7}  {r['state']:9}  {r['bytes']:>14,} bytes  {r['path']}  ({'removed' if r['removed'] else r['advice']})")
     echo(f"{folder}: {len(rows) or 'no'} leftovers" + (f", {sum(r['removed'] for r in rows)} removed." if remove else "."))

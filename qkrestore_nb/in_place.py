@@ -11,6 +11,7 @@ import os
 import re
 import time
 from functools import reduce
+from itertools import pairwise
 from operator import and_
 from pathlib import Path
 
@@ -109,7 +110,7 @@ def _sound_spans(spans, size: int) -> list[tuple[int, int]]:
     if not isinstance(spans, list) or not spans: raise ValueError("it has no stretches of bytes")
     for s in spans:
         if not isinstance(s, list) or len(s) != 2 or not all(map(whole, s)) or not s[0] < s[1] <= size: raise ValueError("it has a stretch that is none")
-    if any(b > c for (_, b), (c, _) in zip(spans, spans[1:])): raise ValueError("its stretches overlap")
+    if any(b > c for (_, b), (c, _) in pairwise(spans)): raise ValueError("its stretches overlap")
     return [(a, b) for a, b in spans]
 
 
@@ -231,8 +232,9 @@ def verify(
 
 def _verify_row(folder: Path, row: dict, tensors: dict, theirs: dict | None, solved: bool) -> dict:
     "One row of the note against what the files hold."
-    if row["tensor"] not in tensors: raise CheckpointError(f"{folder} has no tensor {row['tensor']} any more: the files were replaced since the restore")
-    now = sha256(_here(row, tensors))
+    here = _here(row, tensors) if row["tensor"] in tensors else None
+    if here is None: raise CheckpointError(f"{folder} has no tensor {row['tensor']} any more: the files were replaced since the restore")
+    now = sha256(here)
     restored, post = now == _sha(row["sha256_restored"]), now == _sha(row["sha256_post"])
     copied = row.get("strength", 1) == 1 and not solved
     equals = "both" if restored and post else ("pre" if copied else "restored") if restored else "post" if post else "neither"

@@ -108,10 +108,10 @@ def test_the_ridge_is_in_mean_eigenvalues(space, per, lam):
     pre, post, k = torch.randn(H * D, d, generator=g).double(), torch.randn(H * D, d, generator=g).double(), torch.randn(n * D, d, generator=g).double()
     blocks = 1 if per == "matrix" else n
     want = []
-    for a, b, K in zip(pre.chunk(blocks), post.chunk(blocks), k.chunk(blocks)):
+    for a, b, K in zip(pre.chunk(blocks), post.chunk(blocks), k.chunk(blocks), strict=True):
         G = K @ K.T
         ridge = lam * torch.linalg.eigvalsh(G).mean() * torch.eye(len(G)).double()
         if space == "input": want.append(b + (a - b) @ K.T @ torch.linalg.inv(G + ridge) @ K)
-        else: want += [y + G @ torch.linalg.inv(G + ridge) @ (x - y) for x, y in zip(a.split(D), b.split(D))]
+        else: want += [y + G @ torch.linalg.inv(G + ridge) @ (x - y) for x, y in zip(a.split(D), b.split(D), strict=True)]
     got = solve_queries(pre, post, k, n, lam, space, per, dtype=torch.float64)
     assert torch.allclose(got, torch.cat(want), rtol=1e-8, atol=1e-8)

@@ -233,6 +233,16 @@ def test_a_file_that_grows_while_it_is_copied(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="changed while it was copied"): checkpoints.copy_file(tmp_path / "a", tmp_path / "b")
 
 
+def test_lengths_that_differ(pair):
+    "Tensors of other lengths, or dtypes without a rule for them: refused before the first byte."
+    index = read_index(pair[1])
+    before = snapshot(pair[1])
+    for source, target in ((QK[0], QK[1]), (QK[1], QK[0])):
+        with pytest.raises(CheckpointError, match="disagree on the length"): checkpoints.overwrite(index[target], index[source])
+    with pytest.raises(CheckpointError, match="disagree on the length"): checkpoints.overwrite(index[QK[0]], index[QK[1]] | dict(dtype="U8"))
+    assert snapshot(pair[1]) == before
+
+
 def test_watching_is_quiet_where_nothing_changes(pair):
     unchanged = watch(*pair)
     load(pair[0]), (pair[1] / "README.md").write_text("not looked at"), (pair[1] / NOTE).write_text("{}")

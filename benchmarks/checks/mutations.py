@@ -1,4 +1,4 @@
-"""Do the tests fail where they should? `python benchmarks/checks/mutations.py results/mutations.json [--only WORD] [--jobs 1] [--list]`.
+"""Do the tests fail where they should? `python benchmarks/checks/mutations.py results/mutations.json [--only WORD] [--list]`.
 
 Each mutant is one change of one line of the library, as somebody in a hurry might make it, and the tests that must notice. It is made in a copy of the
 tree; the tests run there. killed: a test failed. survived: none did, which is a hole in the tests. stale: the line is no longer in the module, so the
@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -39,14 +38,14 @@ MUTANTS = [
     # ---- files: writing
     ("checkpoints", "os.open(file, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)", "os.open(file, os.O_RDWR | os.O_NONBLOCK)", RELIABILITY, "targets"),
     ("checkpoints", "and s.st_nlink == 1: return fd", "and s.st_nlink: return fd", RELIABILITY, "targets"),
-    ("checkpoints", "    if count(source, a) != count(target, b) or mix is None and a != b:", "    if False:", f"{CHECKPOINTS} {PINNED}", "lengths"),
+    ("checkpoints", "    if count(source, a) != count(target, b) or mix is None and a != b:", "    if False:", RELIABILITY, "lengths"),
     ("checkpoints", "                h.update(new)\n", "", RESTORE, "folders or note or paths"),
     ("checkpoints", "    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):", "    if False:", RELIABILITY, "grows"),
     ("checkpoints", "s.st_size, s.st_mtime_ns)\n        return", "s.st_size)\n        return", RELIABILITY, "changes_is_noticed"),
     ("checkpoints", "            os.fchmod(fd, mode)\n", "            os.fchmod(fd, 0o644)\n", RELIABILITY, "who_may_read"),
     ("checkpoints", "        except BlockingIOError: raise CheckpointError(busy) from None", "        except BlockingIOError: pass", CHECKPOINTS, "two_runs"),
     ("checkpoints", 'and mark.get("out") == m[1] and', "and", RELIABILITY, "stale"),
-    ("checkpoints", 'all(p.name in (MARK, "new") for p in work.iterdir())', "True", RELIABILITY, "stale"),
+    ("checkpoints", 'and {p.name for p in work.iterdir()} <= {MARK, "new"} else None', "else None", RELIABILITY, "stale"),
     ("checkpoints", "        except OSError: continue  # no locks here", "        except OSError: fd = os.open(work, os.O_RDONLY)  # no locks here", RELIABILITY, "without_locks"),
     ("checkpoints", "        if not path.is_symlink(): path.chmod", "        if path.exists(): path.chmod", RELIABILITY, "stale"),
     ("checkpoints", "if Path(folder) == post and (n == JOURNAL or", "if Path(folder) == post and (", RELIABILITY, "copied"),
@@ -59,7 +58,7 @@ MUTANTS = [
     # ---- in place, journal, note
     ("in_place", "    if os.path.lexists(Path(folder) / JOURNAL):", "    if False:", CHECKPOINTS, "in_place_and_back"),
     ("in_place", "not s[0] < s[1] <= size:", "not s[0] < s[1]:", RELIABILITY, "journal_is_not or note_is_not"),
-    ("in_place", "    if any(b > c for (_, b), (c, _) in zip(spans, spans[1:])):", "    if False:", RELIABILITY, "journal_is_not or two_moves"),
+    ("in_place", "    if any(b > c for (_, b), (c, _) in pairwise(spans)):", "    if False:", RELIABILITY, "journal_is_not or two_moves"),
     ("in_place", "        for spans in taken.values(): _sound_spans(sorted(spans), 1 << 63)\n", "", RELIABILITY, "two_moves"),
     ("in_place", 'or Path(name).name != name or not name.endswith(".safetensors")', 'or not name.endswith(".safetensors")', f"{RELIABILITY} {CHECKPOINTS}", "journal_is_not or damaged_journal"),
     ("in_place", 'or Path(name).name != name or not name.endswith(".safetensors")', "or Path(name).name != name", RELIABILITY, "journal_is_not"),
@@ -104,7 +103,7 @@ MUTANTS = [
     ("audit", "/ (len(e) - 1) / len(e))", "/ len(e) / len(e))", PINNED, "paired"),
     ("audit", "    if damage[1] > -margin:", "    if damage[1] > margin:", "tests/test_audit.py", "rule"),
     ("audit", "    if regained[1] <= 0: return", "    if regained[1] <= -50: return", "tests/test_audit.py", "rule"),
-    ("audit", "plain(found[-1])", "plain(found[0])", "tests/test_audit.py", "solves or solve"),
+    ("audit", "plain(found[-1])", "plain(found[0])", "tests/test_audit.py", "answer or task"),
     ("diagnostics", "draw = np.random.default_rng(seed).multinomial(len(x), np.full(len(x), 1 / len(x)), samples).astype(float)", "draw = np.ones((samples, len(x)))", PINNED, "bootstrap or width"),
     # ---- fine-tuning
     ("finetune", '("labels", [-100] + labels[1:])', '("labels", labels)', PINNED, "begins"),
@@ -139,42 +138,43 @@ def tested(folder: Path, files: str, which: str, limit: float) -> tuple[str, flo
     return {0: "survived", 1: "killed", 5: "nothing"}.get(code, f"pytest ended with {code}"), time.time() - then
 
 
-def run(mutant: tuple, limit: float) -> dict:
-    "One mutant in a tree of its own."
+def run(tree: Path, mutant: tuple, limit: float) -> dict:
+    "One mutant in the copy of the tree, which is as before afterwards."
     module, old, new, files, which = mutant
     said = dict(module=module, old=old, new=new, tests=files, which=which)
-    with tempfile.TemporaryDirectory() as work:
-        tree = copy_of_the_tree(Path(work))
-        file = tree / "qkrestore_nb" / f"{module}.py"
-        text = file.read_text()
-        if text.count(old) != 1: return said | dict(result="stale", seconds=0)
-        file.write_text(text.replace(old, new))
-        result, seconds = tested(tree, files, which, limit)
+    file = tree / "qkrestore_nb" / f"{module}.py"
+    text = file.read_text()
+    if text.count(old) != 1: return said | dict(result="stale", seconds=0)
+    file.write_text(text.replace(old, new))
+    try: result, seconds = tested(tree, files, which, limit)
+    finally: file.write_text(text)
     return said | dict(result=result, seconds=round(seconds, 1))
 
 
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    ask.add_argument("out", type=Path), ask.add_argument("--only", default=""), ask.add_argument("--jobs", type=int, default=1)
+    ask.add_argument("out", type=Path), ask.add_argument("--only", default="")
     ask.add_argument("--limit", type=float, default=300, help="seconds that the tests of one mutant may take"), ask.add_argument("--list", action="store_true")
     args = ask.parse_args()
     stale = [m[:2] for m in MUTANTS if (ROOT / "qkrestore_nb" / f"{m[0]}.py").read_text().count(m[1]) != 1]
     if args.list: return print(f"{len(MUTANTS)} mutants, {len(stale)} stale", *stale, sep="\n")
     key = lambda r: (r["module"], r["old"], r["new"])
-    kept = {key(r): r for r in json.loads(args.out.read_text())["mutants"]} if args.out.exists() else {}
+    kept = {key(r): r for r in json.loads(args.out.read_text())["each"]} if args.out.exists() else {}
     chosen = [m for m in MUTANTS if args.only in " ".join(m) and kept.get(m[:3], {}).get("result") != "killed"]
     groups = sorted({m[3:] for m in chosen})
-    with tempfile.TemporaryDirectory() as work:  # the check can fail: without a mutant each of these must pass
+    killed, now = 0, []
+    with tempfile.TemporaryDirectory() as work:
         tree = copy_of_the_tree(Path(work))
-        for files, which in groups:
+        for files, which in groups:  # without a mutant each of these must pass
             if (found := tested(tree, files, which, 2 * args.limit)[0]) != "survived": sys.exit(f"{files} -k {which!r} without a mutant: {found}")
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for r in pool.map(lambda m: run(m, args.limit), chosen):
+        for mutant in chosen:
+            r = run(tree, mutant, args.limit)
             kept[key(r)] = r
             print(f"{r['result']:9} {r['seconds']:6.1f} s  {r['module']}: {r['old'].strip()[:70]}", flush=True)
             now = [kept[m[:3]] for m in MUTANTS if m[:3] in kept]
             killed = sum(r["result"] == "killed" for r in now)
-            args.out.write_text(json.dumps(dict(killed=killed, asked=len(now), mutants_there_are=len(MUTANTS), score=round(killed / len(now), 3), mutants=now), indent=1) + "\n")
+            record = dict(killed=killed, tried=len(now), mutants=len(MUTANTS), score=round(killed / len(now), 3), each=now)
+            args.out.write_text(json.dumps(record, indent=1) + "\n")
     print(f"{killed} of {len(now)} killed; there are {len(MUTANTS)}") if chosen else print("nothing to do")
 
 
