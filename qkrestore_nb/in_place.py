@@ -75,7 +75,9 @@ def write_note(
     else: write_whole(path, [text.encode()], _mode(path.parent))
 
 
-def strict(x):
+def strict(
+    x,  # of numbers, words, lists and dicts
+) -> object:
     "The same without NaN and inf, for which JSON has no word: None, 'inf', '-inf'."
     if isinstance(x, dict): return {k: strict(v) for k, v in x.items()}
     if isinstance(x, (list, tuple)): return [strict(v) for v in x]
