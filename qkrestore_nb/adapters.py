@@ -21,7 +21,9 @@ from qkrestore_nb.checkpoints import (
     read_config,
     read_header,
     read_index,
+    read_json,
     sha256,
+    watch,
     write_all,
 )
 from qkrestore_nb.families import (
@@ -143,11 +145,8 @@ _no_weights = (
 
 def _adapter_config(post: Path) -> dict:
     "Of an adapter that can be restored. Raises CheckpointError for kinds that cannot."
-    try:
-        config = json.loads((post / CONFIG).read_text())
-    except ValueError as e:
-        raise CheckpointError(f"{post / CONFIG} is not valid JSON ({e}): save it again") from e
-    kind = str(config.get("peft_type")).upper() if isinstance(config, dict) else "None"
+    config = read_json(post / CONFIG)
+    kind = str(config.get("peft_type")).upper()
     if kind in _no_weights:
         raise CheckpointError(
             f"{post} is an adapter of type {kind}, which leaves W_Q and W_K as they are: there is nothing to restore"
@@ -283,6 +282,7 @@ def restore_adapter(
     """An adapter without what it adds to Q and K of the softmax layers. Raises CheckpointError where it adds nothing
     there, or nothing else."""
     pre, post, out = Path(pre), Path(post), Path(out)
+    unchanged = watch(pre, post)
     names = names or (str(pre), str(post))
     if selection.include:
         raise CheckpointError("an adapter adds to weights: include= has nothing to choose from")
@@ -310,6 +310,7 @@ def restore_adapter(
         rows = [_from_pre(part / WEIGHTS, key, spans, read_index(pre)) for key, spans in sorted(whole.items())]
         with open(part / WEIGHTS, "rb") as f:
             digest = hashlib.file_digest(f, "sha256").hexdigest()
+        unchanged()
         method = "QK-Restore, arXiv 2606.11052, on an adapter: what it adds to these modules is left out"
         write_result(
             part,

@@ -2,11 +2,15 @@
 
 # %% auto #0
 __all__ = ['app', 'Layers', 'Projections', 'Heads', 'Rows', 'Include', 'Mla', 'Tensors', 'Allow', 'Cast', 'InPlace', 'Push',
-           'AsJson', 'Trust', 'Pre', 'Post', 'Out', 'restore', 'pro', 'inspect', 'verify', 'undo', 'demo', 'experiment',
-           'needs', 'finetune', 'audit', 'main']
+           'AsJson', 'Trust', 'Pre', 'Post', 'Out', 'echo', 'restore', 'pro', 'inspect', 'verify', 'undo', 'leftovers',
+           'demo', 'experiment', 'needs', 'finetune', 'audit', 'Stopped', 'main']
 
 # %% ../nbs/14_cli.ipynb #dbc72239
+import signal
 import sys
+import threading
+import traceback
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Optional
@@ -14,7 +18,7 @@ from typing import Annotated, Optional
 import typer
 
 from . import __version__
-from .checkpoints import CheckpointError
+from .checkpoints import CheckpointError, printable
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
                   help="Attention amnesia in hybrid language models, and its repair (QK-Restore, arXiv 2606.11052).")
@@ -27,8 +31,16 @@ def _version(asked: bool):
 
 
 @app.callback()
-def _main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False):
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from; may stand anywhere in the line.")] = False,
+):
     pass
+
+
+def echo(text) -> None:
+    "Print lines; control characters in names from strangers' files are shown, not sent to the terminal."
+    typer.echo(printable(text, sys.maxsize, "\n"))
 
 # %% ../nbs/14_cli.ipynb #478b2eec
 def _numbers(text: str, option: str) -> list[int]:
@@ -72,7 +84,7 @@ def _told():
         warnings.simplefilter("always", UserWarning)
         yield
     for w in found:
-        if issubclass(w.category, UserWarning): print(f"Warning: {w.message}", file=sys.stderr)
+        if issubclass(w.category, UserWarning): print(f"Warning: {printable(w.message)}", file=sys.stderr)
 
 # %% ../nbs/14_cli.ipynb #34cc9a3a
 def _run(repair, pre: str, post: str, out: Path | None, in_place: bool, push: str | None, as_json: bool, choice: dict) -> None:
@@ -86,15 +98,15 @@ def _run(repair, pre: str, post: str, out: Path | None, in_place: bool, push: st
     with _told(), _bytes_done(size, not as_json and not in_place) as progress:
         done = repair(pre, post, out=out, inplace=in_place, progress=progress, **choice)
     note, where = read_note(done), push_to_hub(done, push) if push else None
-    if as_json: return typer.echo(json.dumps(note_dict(note) | dict(out=str(done)) | (dict(pushed=where) if push else {})))
+    if as_json: return echo(json.dumps(note_dict(note) | dict(out=str(done)) | (dict(pushed=where) if push else {})))
     changed = sum(r.sha256_post != r.sha256_restored for r in note.rows)
     counted = f"{len(note.rows)} tensors, {sum(r.bytes for r in note.rows):,} bytes, {changed} of them had changed" if note.rows else \
               f"{len(note.left_out or [])} tensors left out, {len(note.zeroed)} with rows set to zero"
-    typer.echo(f"{done}: {summary(note)} {counted}. The rest is {post}'s.")
-    if (achieved := note.settings.get("strength_achieved")) is not None: typer.echo(f"Strength asked {note.settings['strength']:g}, achieved after rounding {achieved:.3f}.")
-    typer.echo(f"What was done, with hashes: {done / 'qk_restore.json'}")
-    if in_place: typer.echo(f"To take it back: qkrestore undo {done}")
-    if push: typer.echo(f"On the hub: {where}")
+    echo(f"{done}: {summary(note)} {counted}. The rest is {post}'s.")
+    if (achieved := note.settings.get("strength_achieved")) is not None: echo(f"Strength asked {note.settings['strength']:g}, achieved after rounding {achieved:.3f}.")
+    echo(f"What was done, with hashes: {done / 'qk_restore.json'}")
+    if in_place: echo(f"To take it back: qkrestore undo {done}")
+    if push: echo(f"On the hub: {where}")
 
 # %% ../nbs/14_cli.ipynb #c11bda2a
 def _only(what: str, **others) -> None:
@@ -108,9 +120,9 @@ def _dry(pre: str, post: str, choice: dict, cast: bool, allow: str, as_json: boo
     from qkrestore_nb.moves import plan
     moves = plan(pre, post, cast=cast, allow=allow, **choice)
     rows, total = [dict(name=m.post, layer=m.layer, role=m.role, shape=m.shape, dtype=m.dtype, bytes=m.bytes) for m in moves], sum(m.bytes for m in moves)
-    if as_json: return typer.echo(json.dumps(dict(pre=pre, post=post, bytes=total, tensors=rows)))
-    for m in moves: typer.echo(f"{m.post}  {list(m.shape)}  {m.dtype}  {m.bytes:,} bytes{'' if m.whole else ' (rows)'}")
-    typer.echo(f"{len(rows)} tensors, {total:,} bytes would be written. Nothing was.")
+    if as_json: return echo(json.dumps(dict(pre=pre, post=post, bytes=total, tensors=rows)))
+    for m in moves: echo(f"{m.post}  {list(m.shape)}  {m.dtype}  {m.bytes:,} bytes{'' if m.whole else ' (rows)'}")
+    echo(f"{len(rows)} tensors, {total:,} bytes would be written. Nothing was.")
 
 
 def _recipe(file: Path, pre: str, post: str, strength: float, choice: dict, as_json: bool) -> None:
@@ -118,7 +130,7 @@ def _recipe(file: Path, pre: str, post: str, strength: float, choice: dict, as_j
     from qkrestore_nb.hub import mergekit_yaml
     if file.exists(): raise CheckpointError(f"the output {file} exists: choose a name that is free, or remove it")
     file.write_text(mergekit_yaml(pre, post, strength=strength, **choice))
-    typer.echo(json.dumps(dict(mergekit=str(file))) if as_json else f"{file}: a recipe for mergekit-yaml. mergekit writes new files; only the values are the same.")
+    echo(json.dumps(dict(mergekit=str(file))) if as_json else f"{file}: a recipe for mergekit-yaml. mergekit writes new files; only the values are the same.")
 
 # %% ../nbs/14_cli.ipynb #32fddd80
 @app.command()
@@ -212,37 +224,38 @@ def inspect(
     choice: Choice = dict(layers=layers, projections=projections, heads=heads, rows=rows, include=include, mla=mla, tensors=tensors)
     seen = compare(other, ckpt, allow=allow, **choice) if other else inspect_checkpoint(ckpt, **choice)
     if figure: draw(seen, figure)
-    if as_json: return typer.echo(json.dumps(seen))
-    typer.echo(f"{seen['folder']}: {seen['family'] or 'family not known'} ({seen['model_type']}), {len(seen['kinds'])} layers, {seen['bytes']:,} bytes\n{strip(seen['kinds'])}")
+    if as_json: return echo(json.dumps(seen))
+    echo(f"{seen['folder']}: {seen['family'] or 'family not known'} ({seen['model_type']}), {len(seen['kinds'])} layers, {seen['bytes']:,} bytes\n{strip(seen['kinds'])}")
     named = {"S": "softmax", "w": "sliding window", "\u00b7": "linear", "c": "convolution", "-": "no token mixer", "?": "not known"}
-    typer.echo("  ".join(f"{c} {named[c]}" for c in dict.fromkeys(strip(seen["kinds"]))))
+    echo("  ".join(f"{c} {named[c]}" for c in dict.fromkeys(strip(seen["kinds"]))))
     width = max(len(r["tensor"]) for r in seen["tensors"])
     for r in seen["tensors"]:
         line = f"{r['tensor']:{width}}  {'x'.join(map(str, r['shape'])):>12}  {r['dtype']:4}  {r['bytes']:>14,} bytes{' (rows)' if r['part'] else ''}"
         if other: line += f"  moved {'?' if r['drift'] is None else format(r['drift'], '7.2%')}" + (f"  angle {max(r['angles']):5.1f}\u00b0" if r["angles"] else "")
-        typer.echo(line)
-    typer.echo(f"A restore moves {len(seen['tensors'])} tensors, {seen['moved_bytes']:,} bytes, {seen['moved_bytes'] / max(1, seen['bytes']):.1%} of the weights." +
+        echo(line)
+    echo(f"A restore moves {len(seen['tensors'])} tensors, {seen['moved_bytes']:,} bytes, {seen['moved_bytes'] / max(1, seen['bytes']):.1%} of the weights." +
                (" K and V share a latent here: say --mla q_only or with_latent when you restore." if seen["latent"] and not mla else ""))
 
 # %% ../nbs/14_cli.ipynb #a7df8b26
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(help="The result of a restore.")],
+    pre: Annotated[Optional[Path], typer.Option(help="The checkpoint that it was restored from: compare with its bytes, not with what the note says of them.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say from the files alone which restored tensors of FOLDER equal PRE's, which POST's. Exit code 1 unless all equal PRE's.
+    """Say from the files alone which restored tensors of FOLDER equal PRE's, which POST's. Exit code 1 unless all are as the restore wrote them.
 
-    Example: qkrestore verify fixed/
+    Example: qkrestore verify fixed/ --pre base/
     """
     import json
     from qkrestore_nb.in_place import verify as look
-    rows = look(folder)
+    rows = look(folder, pre)
     kept = sum(r["equals"] in ("pre", "restored", "both") for r in rows)
-    fine = kept == len(rows)
-    if as_json: typer.echo(json.dumps(dict(folder=str(folder), restored=fine, tensors=rows)))
+    fine = bool(rows) and kept == len(rows)
+    if as_json: echo(json.dumps(dict(folder=str(folder), restored=fine, tensors=rows)))
     else:
-        for r in rows: typer.echo(f"{r['equals']:8}  {r['tensor']}")
-        typer.echo(f"{folder}: {'all' if fine else kept} of {len(rows)} tensors are as the restore wrote them.")
+        for r in rows: echo(f"{r['equals']:8}  {r['tensor']}")
+        echo(f"{folder}: {'all' if fine else kept} of {len(rows)} tensors are as the restore wrote them.")
     if not fine: raise typer.Exit(1)
 
 
@@ -258,7 +271,27 @@ def undo(
     import json
     from qkrestore_nb.in_place import undo as take_back
     n = take_back(folder)
-    typer.echo(json.dumps(dict(folder=str(folder), bytes=n)) if as_json else f"{folder}: {n:,} bytes are again what they were before the restore.")
+    echo(json.dumps(dict(folder=str(folder), bytes=n)) if as_json else f"{folder}: {n:,} bytes are again what they were before the restore.")
+
+
+@app.command()
+def leftovers(
+    folder: Annotated[Path, typer.Argument(help="Where outputs were made, or a checkpoint.")] = Path("."),
+    remove: Annotated[bool, typer.Option("--remove", help="Take away temporary files that a killed run has left, and nothing else.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List what runs have left in FOLDER and the folders in it: temporary copies, journals, unfinished fine-tunings.
+
+    Example: qkrestore leftovers . --remove
+    """
+    import json
+    from qkrestore_nb.checkpoints import leftovers as look
+    found = look(folder, remove)
+    rows: list[dict] = [dict(path=str(x.path), kind=x.kind, bytes=x.bytes, state=x.state, advice=x.advice, removed=remove and not x.path.exists())
+                        for x in found]
+    if as_json: return echo(json.dumps(dict(folder=str(folder), found=rows)))
+    for r in rows: echo(f"{r['kind']:7}  {r['state']:9}  {r['bytes']:>14,} bytes  {r['path']}  ({'removed' if r['removed'] else r['advice']})")
+    echo(f"{folder}: {len(rows) or 'no'} leftovers" + (f", {sum(r['removed'] for r in rows)} removed." if remove else "."))
 
 
 @app.command()
@@ -274,10 +307,10 @@ def demo(
     from qkrestore_nb.experiment import demo as run_demo, table
     done = run_demo(out, full)
     result = json.loads((done / "demo.json").read_text())
-    typer.echo(table(result["scores"]))
-    typer.echo("\nPercent of exact answers with 95% intervals. MF: a haystack full of needles; MK: eight similar keys; cot: chains of thought. "
+    echo(table(result["scores"]))
+    echo("\nPercent of exact answers with 95% intervals. MF: a haystack full of needles; MK: eight similar keys; cot: chains of thought. "
                "Questions of one haystack are not quite independent, so the intervals are a little too narrow.")
-    typer.echo(f"{result['wall_s']:.0f} s. Figure: {done / 'demo.png'}  Numbers: {done / 'demo.json'}  Checkpoints: {done}/pre, post, restored")
+    echo(f"{result['wall_s']:.0f} s. Figure: {done / 'demo.png'}  Numbers: {done / 'demo.json'}  Checkpoints: {done}/pre, post, restored")
 
 
 @app.command()
@@ -310,10 +343,10 @@ def experiment(
     for n in seeds:
         done = run(profile, out / f"seed{n}" if several and out else out, n, model, tuple(kinds.split(",")), full)
         result = json.loads((done / "results.json").read_text())
-        typer.echo(table(result["scores"]))
+        echo(table(result["scores"]))
         if result["config"]["profile"] == "smoke":
-            typer.echo("\nThis profile runs the path, nothing more: its model is too small and too briefly trained to find a needle, so there is nothing to break or to restore.")
-        typer.echo(f"{result['wall_s']:.0f} s. Numbers: {done / 'results.json'}  Figure: {done / 'results.png'}")
+            echo("\nThis profile runs the path, nothing more: its model is too small and too briefly trained to find a needle, so there is nothing to break or to restore.")
+        echo(f"{result['wall_s']:.0f} s. Numbers: {done / 'results.json'}  Figure: {done / 'results.png'}")
 
 # %% ../nbs/14_cli.ipynb #0656d6ba
 @app.command()
@@ -330,11 +363,13 @@ def needs(
     import json
     from qkrestore_nb.finetune import training_needs
     from qkrestore_nb.scale import _config, needs as count
+    from transformers.utils import logging
+    logging.set_verbosity_error()  # its remarks on token ids have nothing to do with the question
     config = _config(ckpt, trust_remote_code)
     n = count(config, tokens)
     train = {str(g): training_needs(config, 4096, g, parameters=n["parameters"])["total_gb"] for g in (1, 2, 4, 8)}
-    if as_json: return typer.echo(json.dumps(n | dict(training_gb=train)))
-    typer.echo(f"{ckpt}: {n['parameters'] / 1e9:.2f} billion parameters, {n['disk_gb']:.1f} GB on disk in bfloat16\n"
+    if as_json: return echo(json.dumps(n | dict(training_gb=train)))
+    echo(f"{ckpt}: {n['parameters'] / 1e9:.2f} billion parameters, {n['disk_gb']:.1f} GB on disk in bfloat16\n"
                f"reading {tokens:,} tokens: {n['total_gb']:.1f} GB (weights {n['weights_gb']:.1f}, keys and values {n['kv_gb']:.1f}, states {n['states_gb']:.2f}, work {n['work_gb']:.1f}), {n['flops']:.1e} FLOPs\n"
                "fine-tuning all weights in rows of 4,096 tokens, GB on each GPU: " + ", ".join(f"{gb:.0f} on {g}" for g, gb in train.items()))
 
@@ -366,7 +401,7 @@ def finetune(
         def look(step, loss): bar.n = step; bar.set_postfix(loss=f"{loss:.3f}"), bar.refresh()
         done = tune(ckpt, data, out, steps, tokens, rows, lr, rank, every, seed, look=look, trust_remote_code=trust_remote_code)
     import os
-    if os.environ.get("RANK", "0") == "0": typer.echo(f"{done}: {steps} steps on {data}. Losses and settings: {done / 'finetune.json'}" + (f"\nAn adapter: qkrestore restore {ckpt} {done} OUT takes Q and K of the softmax layers out of it." if rank else f"\nNext: qkrestore audit {ckpt} {done}{' --trust-remote-code' * trust_remote_code}"))
+    if os.environ.get("RANK", "0") == "0": echo(f"{done}: {steps} steps on {data}. Losses and settings: {done / 'finetune.json'}" + (f"\nAn adapter: qkrestore restore {ckpt} {done} OUT takes Q and K of the softmax layers out of it." if rank else f"\nNext: qkrestore audit {ckpt} {done}{' --trust-remote-code' * trust_remote_code}"))
 
 
 @app.command()
@@ -399,14 +434,62 @@ def audit(
     except ValueError as e: raise CheckpointError(str(e)) from e
     tell("")
     if page: write(result, page)
-    typer.echo(json.dumps(result) if as_json else report(result) + (f"\n{page}" if page else ""))
+    echo(json.dumps(result) if as_json else report(result) + (f"\n{page}" if page else ""))
 
 # %% ../nbs/14_cli.ipynb #c6109825
+class Stopped(BaseException):
+    "A signal asks to end. No Exception, so that nothing takes it for an error of its own."
+    def __init__(self, number: int): super().__init__(f"stopped by {signal.Signals(number).name}"); self.number = number
+
+
+@contextmanager
+def _stoppable():
+    "SIGINT, SIGTERM and SIGHUP end the run in order, once; a second one does not disturb the tidying up."
+    def stop(number, frame):
+        for s in before: signal.signal(s, signal.SIG_IGN)
+        raise Stopped(number)
+    here = threading.current_thread() is threading.main_thread()
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if here and signal.getsignal(s) is not signal.SIG_IGN}
+    try:
+        for s in before: signal.signal(s, stop)
+        yield
+    finally:
+        for s, old in before.items(): signal.signal(s, old)
+
+
+def _taken_back(e: BaseException) -> str:
+    "Take a restore in place back that was cut off by this error; what to say of it."
+    if (post := getattr(e, "half_restored", None)) is None: return "".join(f". {note[:1].upper()}{note[1:]}" for note in getattr(e, "__notes__", []))
+    from qkrestore_nb.in_place import undo
+    try: undo(post)
+    except (CheckpointError, OSError): return f". {post} is half restored: qkrestore undo {post}"
+    return f". {post} is again what it was"
+
+# %% ../nbs/14_cli.ipynb #0b14a001
+def _sentence(e: BaseException) -> tuple[str, int]:
+    "What to say of an error, and the exit code."
+    said = " ".join(str(e).split())
+    if isinstance(e, Stopped): return said, 128 + e.number
+    if isinstance(e, (CheckpointError, OSError)): return said, 2
+    if isinstance(e, MemoryError): return "there is not enough memory for this", 2
+    return (f"{type(e).__name__}: {said}. This is a fault of qkrestore, not yours: please report it with the command, and with what --debug adds to it", 2)
+
+
 def main(
     args: list[str] | None = None,  # the words after `qkrestore`; None: those of the command line
 ) -> None:
-    "The entry point. Errors that the user can mend end with one sentence and exit code 2."
-    try: app(args)
-    except (CheckpointError, OSError) as e:
-        print(f"Error: {e}", file=sys.stderr)
-        sys.exit(2)
+    "The entry point. Errors end with one sentence and exit code 2; so does what stops a run, with the exit code that shells have for it."
+    words = sys.argv[1:] if args is None else args
+    told = lambda message, category, *rest, **more: print(f"Warning: {printable(message)}", file=sys.stderr)
+    try:
+        with _stoppable(), warnings.catch_warnings():
+            warnings.showwarning = told
+            try: app([w for w in words if w != "--debug"])
+            except (Exception, Stopped) as e:
+                said, code = _sentence(e)
+                said += _taken_back(e)
+                if "--debug" in words: traceback.print_exception(e)
+                print(f"Error: {printable(said)}", file=sys.stderr)
+                sys.exit(code)
+    except Stopped as e:  # in the moment before or after all that
+        sys.exit(128 + e.number)

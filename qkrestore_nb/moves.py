@@ -6,13 +6,13 @@ __all__ = ['Move', 'Side', 'as_dict', 'open_side', 'kind_of', 'open_both', 'move
 
 # %% ../nbs/08b_moves.ipynb #336c058e
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, Unpack
 
-from .checkpoints import CheckpointError, bits, hub_name, local_folder, read_config, read_index
+from .checkpoints import CheckpointError, bits, hub_name, local_folder, read_config, read_index, watch
 from qkrestore_nb.families import (
     QK,
     Choice,
@@ -63,6 +63,7 @@ class Side:
     folder: Path | None = None
     model: Any = None  # what was given, of a model or a state dict
     quantized: str = ""  # the method that its config names
+    unchanged: Callable[[], None] = field(default=lambda: None, repr=False)  # raises CheckpointError if files changed since
 
     def about(self, name: str) -> tuple[list[int], str]:
         "Shape and dtype of a tensor."
@@ -147,13 +148,15 @@ def open_side(
     restored, with what to do."""
     if isinstance(x, (str, Path)):
         folder = local_folder(x, token)
+        unchanged = watch(folder)
         raw = read_config(folder)
         if selection.tensors is None:
             family_of(raw)  # unknown families are told before files are opened
         keep = (
             None if selection.tensors else lambda name: ".experts." not in name
         )  # of some models 100,000 tensors are experts
-        return _side(which, name or hub_name(x, folder), raw, read_index(folder, keep), folder=folder)
+        tensors = read_index(folder, keep)
+        return _side(which, name or hub_name(x, folder), raw, tensors, folder=folder, unchanged=unchanged)
     if isinstance(x, dict):
         if config is None:
             raise CheckpointError(

@@ -218,10 +218,13 @@ def _folders(
     if not out:
         transform.look(moves, read)
     work: AbstractContextManager[Path] = (
-        new_folder(post.folder, out, progress) if out else journaled(post.folder, targets)
+        new_folder(post.folder, out, progress) if out else journaled(post.folder, targets, post.unchanged)
     )
     with work as part:
         rows = [_row(m, transform, pre, post, part, read) for m in moves]
+        pre.unchanged()
+        if out:
+            post.unchanged()
         write_result(part, Note(transform.method, pre.name, post.name, selection, rows, transform.settings))
     return out or post.folder
 

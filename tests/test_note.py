@@ -132,5 +132,5 @@ def test_a_selection_is_read_once():
     for kw, words in [(dict(rows="0:2"), "give both"), (dict(tensors="x", rows="2:1"), "rows="), (dict(tensors="x", rows="a"), "rows="), (dict(tensors="x", rows=[(1,)]), "rows="), (dict(heads=[True]), "heads="),
                       (dict(heads=""), "heads="), (dict(tensors="x", heads=[1]), "by hand"), (dict(tensors=3), "regular expression"), (dict(mla="x"), "mla="), (dict(include=["norms"]), "include=")]:
         with pytest.raises(CheckpointError, match=words): Selection(**kw)
-    note = Note("m", "a", "b", Selection(tensors="Wqkv", layers=[1], rows="qk"), [Row("model.layers.1.attn.Wqkv.weight", "BF16", [8, 2], 4, "a", "b", 1)])
+    note = Note("m", "a", "b", Selection(tensors="Wqkv", layers=[1], rows="qk"), [Row("model.layers.1.attn.Wqkv.weight", "BF16", [8, 2], 4, "a" * 64, "b" * 64, 1)])
     assert note_of(note_dict(note)) == note and torch.is_tensor(tensors(1)[NAME.format(0, "q")])

@@ -138,14 +138,15 @@ def test_an_output_that_appears_meanwhile_is_not_touched(pair, tmp_path, monkeyp
 
 def test_a_hub_snapshot_of_links_becomes_regular_files(pair, tmp_path):
     pre, post = pair
-    (tmp_path / "blobs").mkdir(), (tmp_path / "snapshot").mkdir()
+    repo = tmp_path / "models--me--post"
+    (repo / "blobs").mkdir(parents=True), (repo / "snapshots" / "abc").mkdir(parents=True)
     for i, file in enumerate(sorted(p for p in post.iterdir() if p.is_file())):
-        shutil.copy(file, tmp_path / "blobs" / str(i))
-        (tmp_path / "snapshot" / file.name).symlink_to(f"../blobs/{i}")
+        shutil.copy(file, repo / "blobs" / str(i))
+        (repo / "snapshots" / "abc" / file.name).symlink_to(f"../../blobs/{i}")
     before = snapshot(tmp_path)
-    out = qk_restore(pre, tmp_path / "snapshot", out=tmp_path / "out")
+    out = qk_restore(pre, repo / "snapshots" / "abc", out=tmp_path / "out")
     assert all(stat.S_ISREG(p.lstat().st_mode) for p in out.iterdir())
-    check(pre, tmp_path / "snapshot", out, QK)
+    check(pre, repo / "snapshots" / "abc", out, QK)
     shutil.rmtree(out)
     assert snapshot(tmp_path) == before
 
