@@ -121,20 +121,40 @@ def printable(
 def strange_folder(
     folder: str | Path,  # a folder that has no config.json, or no weights where they should be
 ) -> str | None:
-    "What it is instead, with the command that helps, where that can be seen; the rest of a sentence that begins with its name."
+    """What it is instead, with the command that helps, where that can be seen; the rest of a sentence that begins with
+    its name."""
     names = {p.name for p in Path(folder).iterdir()}
     find = lambda pattern: next((n for n in sorted(names) if re.search(pattern, n)), None)
-    if "zero_to_fp32.py" in names or find(r"^global_step\d+$|_optim_states\.pt$"): return "holds ZeRO shards of DeepSpeed: run `python zero_to_fp32.py . OUT --safe_serialization` in it and give OUT, with a config.json"
+    if "zero_to_fp32.py" in names or find(r"^global_step\d+$|_optim_states\.pt$"):
+        return (
+            "holds ZeRO shards of DeepSpeed: run `python zero_to_fp32.py . OUT --safe_serialization` in it and "
+            "give OUT, with a config.json"
+        )
     if shards := find(r"^pytorch_model_fsdp_\d+$|^__\d+_\d+\.distcp$|^\.metadata$"):
         where = Path(folder) / shards if (Path(folder) / shards).is_dir() else folder
-        return f"holds shards of FSDP (torch.distributed.checkpoint): run `accelerate merge-weights {where} OUT` and give OUT, with a config.json"
-    if file := find(r"\.gguf$"): return f"holds a GGUF file ({file}), whose weights are stored otherwise: give the folder that it was converted from"
-    if adapter := next((p for p in sorted(names) if (Path(folder) / p / "adapter_config.json").is_file()), None): return f"has an adapter in it, {adapter}: give {Path(folder) / adapter}"
+        return (
+            f"holds shards of FSDP (torch.distributed.checkpoint): run `accelerate merge-weights {where} OUT` and "
+            f"give OUT, with a config.json"
+        )
+    if file := find(r"\.gguf$"):
+        return (
+            f"holds a GGUF file ({file}), whose weights are stored otherwise: give the folder that it was "
+            f"converted from"
+        )
+    if adapter := next((p for p in sorted(names) if (Path(folder) / p / "adapter_config.json").is_file()), None):
+        return f"has an adapter in it, {adapter}: give {Path(folder) / adapter}"
     runs = sorted((p for p in names if (Path(folder) / p / "config.json").is_file()), key=lambda p: (len(p), p))
-    if runs and "config.json" not in names: return f"is a folder of checkpoints and no checkpoint: give one of them, as {Path(folder) / runs[-1]}"
-    if names & {"model.safetensors", "model.safetensors.index.json"}: return None
-    if file := find(r"-\d+-of-\d+\.safetensors$"): return f"has shards such as {file} and no model.safetensors.index.json: download the index, or load and save the model again"
-    if file := find(r"^(?!adapter_).*\.safetensors$"): return f"has no model.safetensors, and a file {file}: rename it if these are the weights of the model"
+    if runs and "config.json" not in names:
+        return f"is a folder of checkpoints and no checkpoint: give one of them, as {Path(folder) / runs[-1]}"
+    if names & {"model.safetensors", "model.safetensors.index.json"}:
+        return None
+    if file := find(r"-\d+-of-\d+\.safetensors$"):
+        return (
+            f"has shards such as {file} and no model.safetensors.index.json: download the index, or load and save "
+            f"the model again"
+        )
+    if file := find(r"^(?!adapter_).*\.safetensors$"):
+        return f"has no model.safetensors, and a file {file}: rename it if these are the weights of the model"
     return None
 
 # %% ../nbs/11_checkpoints.ipynb #f812f94d
@@ -248,28 +268,50 @@ def is_hub_id(
     x,  # what the user gave: a path or an id
 ) -> bool:
     "Whether it is owner/name or owner/name@revision, and no path of this machine."
-    return isinstance(x, str) and bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", x)) and not Path(x).exists() and not Path(x).parent.exists()
+    return (
+        isinstance(x, str)
+        and bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", x))
+        and not Path(x).exists()
+        and not Path(x).parent.exists()
+    )
 
 
-pickled = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*"]  # not downloaded: other formats of the same weights
+pickled = [
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.pkl",
+    "*.h5",
+    "*.msgpack",
+    "*.onnx",
+    "*.gguf",
+    "original/*",
+]  # not downloaded: other formats of the same weights
 
 
 def local_folder(
-    x: str | Path,             # a folder, or a hub id
+    x: str | Path,  # a folder, or a hub id
     token: str | None = None,  # of the hub; None: what huggingface_hub finds
 ) -> Path:
     "A folder on this machine that holds it. Raises CheckpointError where the hub does not give it."
-    if not is_hub_id(x): return Path(x)
+    if not is_hub_id(x):
+        return Path(x)
     from huggingface_hub import snapshot_download
+
     name, _, revision = str(x).partition("@")
-    try: return Path(snapshot_download(name, revision=revision or None, token=token, ignore_patterns=pickled))
+    try:
+        return Path(snapshot_download(name, revision=revision or None, token=token, ignore_patterns=pickled))
     except Exception as e:  # many kinds, of httpx too: not found, gated, no network, no such revision
-        raise CheckpointError(f"there is no folder {x}, and the hub does not give it ({type(e).__name__}: {' '.join(str(e).split())[:200]}): check the name, the revision, your token (hf auth login) and the network") from e
+        raise CheckpointError(
+            f"there is no folder {x}, and the hub does not give it ({type(e).__name__}: "
+            f"{' '.join(str(e).split())[:200]}): check the name, the revision, your token (hf auth login) and "
+            f"the network"
+        ) from e
 
 
 def hub_name(
     x: str | Path,  # as the user gave it
-    folder: Path,   # where it is
+    folder: Path,  # where it is
 ) -> str:
     "How to call it in a note: a hub id with the commit that was read, or the path."
     return f"{str(x).partition('@')[0]}@{folder.name}" if is_hub_id(x) and folder.parent.name == "snapshots" else str(x)

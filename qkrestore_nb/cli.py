@@ -44,26 +44,51 @@ def echo(text) -> None:
 
 # %% ../nbs/14_cli.ipynb #478b2eec
 def _numbers(text: str, option: str) -> list[int]:
-    try: return [int(i) for i in text.split(",")]
-    except ValueError: raise CheckpointError(f"{option} {text}: give numbers between commas, as in 3,7") from None
+    try:
+        return [int(i) for i in text.split(",")]
+    except ValueError:
+        raise CheckpointError(f"{option} {text}: give numbers between commas, as in 3,7") from None
 
 
-Layers = Annotated[str, typer.Option(help="softmax, swa, linear, all, several as in softmax+swa, or layer numbers such as 3,7.")]
+Layers = Annotated[
+    str, typer.Option(help="softmax, swa, linear, all, several as in softmax+swa, or layer numbers such as 3,7.")
+]
 Projections = Annotated[str, typer.Option(help="Any of the letters q, k, v, o.")]
-Heads = Annotated[Optional[str], typer.Option(help="Query heads such as 0,5; K and V follow by group. Default: all.")]
-Rows = Annotated[Optional[str], typer.Option(help="With --tensors: rows such as 0:48,64:80, or letters as in qk where Q, K and V stand in one matrix.")]
+Heads = Annotated[str | None, typer.Option(help="Query heads such as 0,5; K and V follow by group. Default: all.")]
+Rows = Annotated[
+    str | None,
+    typer.Option(
+        help="With --tensors: rows such as 0:48,64:80, or letters as in qk where Q, K and V stand in one matrix."
+    ),
+]
 Include = Annotated[str, typer.Option(help="norms, bias, or norms,bias: what else of these projections goes back.")]
-Mla = Annotated[Optional[str], typer.Option(help="q_only or with_latent, for families in which K and V share a latent.")]
-Tensors = Annotated[Optional[str], typer.Option(help="A regular expression: the tensors by hand, for families that are not known.")]
+Mla = Annotated[str | None, typer.Option(help="q_only or with_latent, for families in which K and V share a latent.")]
+Tensors = Annotated[
+    str | None, typer.Option(help="A regular expression: the tensors by hand, for families that are not known.")
+]
 Allow = Annotated[str, typer.Option(help="Fields of the configs that may differ, between commas, as in rope_scaling.")]
 Cast = Annotated[bool, typer.Option("--cast", help="Where the dtype of PRE differs, round to POST's.")]
-InPlace = Annotated[bool, typer.Option("--in-place", help="Change POST itself, with a journal that `qkrestore undo` takes back.")]
-Push = Annotated[Optional[str], typer.Option(help="Upload the result to this hub repository, owner/name, made private if it is new.")]
+InPlace = Annotated[
+    bool, typer.Option("--in-place", help="Change POST itself, with a journal that `qkrestore undo` takes back.")
+]
+Push = Annotated[
+    str | None, typer.Option(help="Upload the result to this hub repository, owner/name, made private if it is new.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model code that lies beside the weights, where a checkpoint brings its own.")]
-Pre = Annotated[str, typer.Argument(help="Checkpoint before fine-tuning: a folder, or a hub id such as owner/name@revision.")]
-Post = Annotated[str, typer.Argument(help="Checkpoint after fine-tuning: a folder, a hub id, or the folder of a LoRA adapter.")]
-Out = Annotated[Optional[Path], typer.Argument(help="Folder to make. It must not exist.")]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the model code that lies beside the weights, where a checkpoint brings its own.",
+    ),
+]
+Pre = Annotated[
+    str, typer.Argument(help="Checkpoint before fine-tuning: a folder, or a hub id such as owner/name@revision.")
+]
+Post = Annotated[
+    str, typer.Argument(help="Checkpoint after fine-tuning: a folder, a hub id, or the folder of a LoRA adapter.")
+]
+Out = Annotated[Path | None, typer.Argument(help="Folder to make. It must not exist.")]
 
 # %% ../nbs/14_cli.ipynb #49c7bbbf
 @contextmanager
@@ -87,50 +112,77 @@ def _told():
         if issubclass(w.category, UserWarning): print(f"Warning: {printable(w.message)}", file=sys.stderr)
 
 # %% ../nbs/14_cli.ipynb #34cc9a3a
-def _run(repair, pre: str, post: str, out: Path | None, in_place: bool, push: str | None, as_json: bool, choice: dict) -> None:
+def _run(
+    repair, pre: str, post: str, out: Path | None, in_place: bool, push: str | None, as_json: bool, choice: dict
+) -> None:
     "Do a repair, say what was done, and push it if asked to."
     import json
     from qkrestore_nb.hub import push_to_hub
     from qkrestore_nb.note import note_dict, read_note, summary
-    if out is None and not in_place: raise CheckpointError("say where the restored checkpoint shall be: PRE POST OUT, or --in-place")
+
+    if out is None and not in_place:
+        raise CheckpointError("say where the restored checkpoint shall be: PRE POST OUT, or --in-place")
     here = Path(post)
     size = sum(p.stat().st_size for p in here.rglob("*") if p.is_file()) if here.is_dir() else 0
     with _told(), _bytes_done(size, not as_json and not in_place) as progress:
         done = repair(pre, post, out=out, inplace=in_place, progress=progress, **choice)
     note, where = read_note(done), push_to_hub(done, push) if push else None
-    if as_json: return echo(json.dumps(note_dict(note) | dict(out=str(done)) | (dict(pushed=where) if push else {})))
+    if as_json:
+        return echo(json.dumps(note_dict(note) | dict(out=str(done)) | (dict(pushed=where) if push else {})))
     changed = sum(r.sha256_post != r.sha256_restored for r in note.rows)
-    counted = f"{len(note.rows)} tensors, {sum(r.bytes for r in note.rows):,} bytes, {changed} of them had changed" if note.rows else \
-              f"{len(note.left_out or [])} tensors left out, {len(note.zeroed)} with rows set to zero"
+    counted = (
+        f"{len(note.rows)} tensors, {sum(r.bytes for r in note.rows):,} bytes, {changed} of them had changed"
+        if note.rows
+        else f"{len(note.left_out or [])} tensors left out, {len(note.zeroed)} with rows set to zero"
+    )
     echo(f"{done}: {summary(note)} {counted}. The rest is {post}'s.")
-    if (achieved := note.settings.get("strength_achieved")) is not None: echo(f"Strength asked {note.settings['strength']:g}, achieved after rounding {achieved:.3f}.")
+    if (achieved := note.settings.get("strength_achieved")) is not None:
+        echo(f"Strength asked {note.settings['strength']:g}, achieved after rounding {achieved:.3f}.")
     echo(f"What was done, with hashes: {done / 'qk_restore.json'}")
-    if in_place: echo(f"To take it back: qkrestore undo {done}")
-    if push: echo(f"On the hub: {where}")
+    if in_place:
+        echo(f"To take it back: qkrestore undo {done}")
+    if push:
+        echo(f"On the hub: {where}")
 
 # %% ../nbs/14_cli.ipynb #c11bda2a
 def _only(what: str, **others) -> None:
     "Raises CheckpointError for an option that would be ignored."
-    if ignored := next((name for name, given in others.items() if given), None): raise CheckpointError(f"{what} writes no checkpoint, so {ignored.replace('__', '--').replace('_', '-')} means nothing with it: leave one of them out")
+    if ignored := next((name for name, given in others.items() if given), None):
+        raise CheckpointError(
+            f"{what} writes no checkpoint, so {ignored.replace('__', '--').replace('_', '-')} means nothing with it: "
+            f"leave one of them out"
+        )
 
 
 def _dry(pre: str, post: str, choice: dict, cast: bool, allow: str, as_json: bool) -> None:
     "The plan, printed."
     import json
     from qkrestore_nb.moves import plan
+
     moves = plan(pre, post, cast=cast, allow=allow, **choice)
-    rows, total = [dict(name=m.post, layer=m.layer, role=m.role, shape=m.shape, dtype=m.dtype, bytes=m.bytes) for m in moves], sum(m.bytes for m in moves)
-    if as_json: return echo(json.dumps(dict(pre=pre, post=post, bytes=total, tensors=rows)))
-    for m in moves: echo(f"{m.post}  {list(m.shape)}  {m.dtype}  {m.bytes:,} bytes{'' if m.whole else ' (rows)'}")
+    rows, total = (
+        [dict(name=m.post, layer=m.layer, role=m.role, shape=m.shape, dtype=m.dtype, bytes=m.bytes) for m in moves],
+        sum(m.bytes for m in moves),
+    )
+    if as_json:
+        return echo(json.dumps(dict(pre=pre, post=post, bytes=total, tensors=rows)))
+    for m in moves:
+        echo(f"{m.post}  {list(m.shape)}  {m.dtype}  {m.bytes:,} bytes{'' if m.whole else ' (rows)'}")
     echo(f"{len(rows)} tensors, {total:,} bytes would be written. Nothing was.")
 
 
 def _recipe(file: Path, pre: str, post: str, strength: float, choice: dict, as_json: bool) -> None:
     import json
     from qkrestore_nb.hub import mergekit_yaml
-    if file.exists(): raise CheckpointError(f"the output {file} exists: choose a name that is free, or remove it")
+
+    if file.exists():
+        raise CheckpointError(f"the output {file} exists: choose a name that is free, or remove it")
     file.write_text(mergekit_yaml(pre, post, strength=strength, **choice))
-    echo(json.dumps(dict(mergekit=str(file))) if as_json else f"{file}: a recipe for mergekit-yaml. mergekit writes new files; only the values are the same.")
+    echo(
+        json.dumps(dict(mergekit=str(file)))
+        if as_json
+        else f"{file}: a recipe for mergekit-yaml. mergekit writes new files; only the values are the same."
+    )
 
 # %% ../nbs/14_cli.ipynb #32fddd80
 @app.command()
@@ -145,12 +197,14 @@ def restore(
     include: Include = "",
     mla: Mla = None,
     tensors: Tensors = None,
-    strength: Annotated[float, typer.Option(help="1: PRE's Q and K, 0: POST's, between: a mixture.")] = 1.,
+    strength: Annotated[float, typer.Option(help="1: PRE's Q and K, 0: POST's, between: a mixture.")] = 1.0,
     cast: Cast = False,
     allow: Allow = "",
     in_place: InPlace = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
-    mergekit: Annotated[Optional[Path], typer.Option(help="Write the restore as a mergekit recipe into this file instead of doing it.")] = None,
+    mergekit: Annotated[
+        Path | None, typer.Option(help="Write the restore as a mergekit recipe into this file instead of doing it.")
+    ] = None,
     push: Push = None,
     as_json: AsJson = False,
 ) -> None:
@@ -159,7 +213,10 @@ def restore(
     Example: qkrestore restore base/ finetuned/ fixed/
     """
     from qkrestore_nb.restore import Mix, qk_restore
-    choice = dict(layers=layers, projections=projections, heads=heads, rows=rows, include=include, mla=mla, tensors=tensors)
+
+    choice = dict(
+        layers=layers, projections=projections, heads=heads, rows=rows, include=include, mla=mla, tensors=tensors
+    )
     Mix(strength)  # is it a strength?
     if dry_run:
         _only("--dry-run", __mergekit=mergekit, __push=push)
@@ -180,10 +237,12 @@ def pro(
     rows: Rows = None,
     include: Include = "",
     tensors: Tensors = None,
-    lam: Annotated[float, typer.Option(help="Ridge, relative to the mean eigenvalue: small is near PRE, inf restores K alone.")] = 1e-2,
+    lam: Annotated[
+        float, typer.Option(help="Ridge, relative to the mean eigenvalue: small is near PRE, inf restores K alone.")
+    ] = 1e-2,
     space: Annotated[str, typer.Option(help="How to read the formula: input or head.")] = "input",
     per: Annotated[str, typer.Option(help="In input space: one projector a matrix, or a kv_head.")] = "matrix",
-    device: Annotated[Optional[str], typer.Option(help="Where to solve, such as cuda. Default: the CPU.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to solve, such as cuda. Default: the CPU.")] = None,
     cast: Cast = False,
     allow: Allow = "",
     in_place: InPlace = False,
@@ -195,6 +254,7 @@ def pro(
     Example: qkrestore pro base/ finetuned/ balanced/ --lam 0.1
     """
     from qkrestore_nb.procrustes import qk_pro
+
     choice = dict(layers=layers, heads=heads, rows=rows, include=include, tensors=tensors, cast=cast, allow=allow)
     _run(qk_pro, pre, post, out, in_place, push, as_json, choice | dict(lam=lam, space=space, per=per, device=device))
 
@@ -202,7 +262,9 @@ def pro(
 @app.command()
 def inspect(
     ckpt: Annotated[str, typer.Argument(help="Checkpoint: a folder, or a hub id such as owner/name@revision.")],
-    other: Annotated[Optional[str], typer.Argument(help="Another one, before fine-tuning: how far did Q and K move from it?")] = None,
+    other: Annotated[
+        str | None, typer.Argument(help="Another one, before fine-tuning: how far did Q and K move from it?")
+    ] = None,
     layers: Layers = "softmax",
     projections: Projections = "qk",
     heads: Heads = None,
@@ -211,7 +273,7 @@ def inspect(
     mla: Mla = None,
     tensors: Tensors = None,
     allow: Allow = "",
-    figure: Annotated[Optional[Path], typer.Option(help="Draw it into this file: png, svg or pdf.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw it into this file: png, svg or pdf.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the kinds of the layers of CKPT and the tensors that a restore would move; with OTHER, how far they moved.
@@ -221,20 +283,48 @@ def inspect(
     import json
     from qkrestore_nb.families import Choice
     from qkrestore_nb.inspection import compare, figure as draw, inspect_checkpoint, strip
-    choice: Choice = dict(layers=layers, projections=projections, heads=heads, rows=rows, include=include, mla=mla, tensors=tensors)
+
+    choice: Choice = dict(
+        layers=layers, projections=projections, heads=heads, rows=rows, include=include, mla=mla, tensors=tensors
+    )
     seen = compare(other, ckpt, allow=allow, **choice) if other else inspect_checkpoint(ckpt, **choice)
-    if figure: draw(seen, figure)
-    if as_json: return echo(json.dumps(seen))
-    echo(f"{seen['folder']}: {seen['family'] or 'family not known'} ({seen['model_type']}), {len(seen['kinds'])} layers, {seen['bytes']:,} bytes\n{strip(seen['kinds'])}")
-    named = {"S": "softmax", "w": "sliding window", "\u00b7": "linear", "c": "convolution", "-": "no token mixer", "?": "not known"}
+    if figure:
+        draw(seen, figure)
+    if as_json:
+        return echo(json.dumps(seen))
+    echo(
+        f"{seen['folder']}: {seen['family'] or 'family not known'} ({seen['model_type']}), {len(seen['kinds'])} "
+        f"layers, {seen['bytes']:,} bytes\n{strip(seen['kinds'])}"
+    )
+    named = {
+        "S": "softmax",
+        "w": "sliding window",
+        "\u00b7": "linear",
+        "c": "convolution",
+        "-": "no token mixer",
+        "?": "not known",
+    }
     echo("  ".join(f"{c} {named[c]}" for c in dict.fromkeys(strip(seen["kinds"]))))
     width = max(len(r["tensor"]) for r in seen["tensors"])
     for r in seen["tensors"]:
-        line = f"{r['tensor']:{width}}  {'x'.join(map(str, r['shape'])):>12}  {r['dtype']:4}  {r['bytes']:>14,} bytes{' (rows)' if r['part'] else ''}"
-        if other: line += f"  moved {'?' if r['drift'] is None else format(r['drift'], '7.2%')}" + (f"  angle {max(r['angles']):5.1f}\u00b0" if r["angles"] else "")
+        line = (
+            f"{r['tensor']:{width}}  {'x'.join(map(str, r['shape'])):>12}  {r['dtype']:4}  {r['bytes']:>14,} "
+            f"bytes{' (rows)' if r['part'] else ''}"
+        )
+        if other:
+            line += f"  moved {'?' if r['drift'] is None else format(r['drift'], '7.2%')}" + (
+                f"  angle {max(r['angles']):5.1f}\u00b0" if r["angles"] else ""
+            )
         echo(line)
-    echo(f"A restore moves {len(seen['tensors'])} tensors, {seen['moved_bytes']:,} bytes, {seen['moved_bytes'] / max(1, seen['bytes']):.1%} of the weights." +
-               (" K and V share a latent here: say --mla q_only or with_latent when you restore." if seen["latent"] and not mla else ""))
+    echo(
+        f"A restore moves {len(seen['tensors'])} tensors, {seen['moved_bytes']:,} bytes, "
+        f"{seen['moved_bytes'] / max(1, seen['bytes']):.1%} of the weights."
+        + (
+            " K and V share a latent here: say --mla q_only or with_latent when you restore."
+            if seen["latent"] and not mla
+            else ""
+        )
+    )
 
 # %% ../nbs/14_cli.ipynb #a7df8b26
 @app.command()

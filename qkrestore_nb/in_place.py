@@ -57,17 +57,19 @@ def write_journal(
 # %% ../nbs/11a_in_place.ipynb #3b5f498d
 def write_result(
     folder: str | Path,  # the result of a restore
-    note: Note,          # what was done
+    note: Note,  # what was done
 ) -> None:
     "The note into the folder; where post was itself the result of a restore, with what was done to it before."
-    try: before = raw_note(folder) if note.left_out is None else None
-    except CheckpointError: before = None  # in place this was refused before anything was written
+    try:
+        before = raw_note(folder) if note.left_out is None else None
+    except CheckpointError:
+        before = None  # in place this was refused before anything was written
     write_note(folder, json.dumps(strict(note_dict(replace(note, before=before))), indent=1, allow_nan=False) + "\n")
 
 
 @contextmanager
 def journaled(
-    folder: str | Path,   # the checkpoint to change
+    folder: str | Path,  # the checkpoint to change
     targets: list[dict],  # what will be written: entries of `read_index`, with spans
     unchanged: Callable[[], None] = lambda: None,  # of `watch`: asked once more before anything is written
 ) -> Iterator[Path]:
@@ -77,12 +79,14 @@ def journaled(
         check_in_place(folder, targets)
         try:
             write_journal(folder, targets)
-            try: unchanged()
+            try:
+                unchanged()
             except CheckpointError:  # nothing was written yet
                 (folder / JOURNAL).unlink()
                 raise
             yield folder
-            for file in {t["file"] for t in targets}: _sync(file)
+            for file in {t["file"] for t in targets}:
+                _sync(file)
         except BaseException as e:  # also Ctrl-C
             if (folder / JOURNAL).exists():
                 e.add_note(f"{folder} is half restored: qkrestore undo {folder}")
@@ -179,34 +183,54 @@ def _put_back(target: dict, source: dict) -> None:
 # %% ../nbs/11a_in_place.ipynb #990fdd32
 class Verified(TypedDict):
     "One tensor of a result, as `verify` found it."
+
     tensor: str
     bytes: int
     equals: str  # pre, restored (a mixture, or solved for), post, both (it never differed), or neither
 
 
 def _here(row: Row, tensors: dict[str, dict]) -> dict | None:
-    "The bytes that a row of the note speaks of, in the tensors of a folder; None where the tensor is not there. ValueError where it has no such bytes."
+    """The bytes that a row of the note speaks of, in the tensors of a folder; None where the tensor is not there.
+    ValueError where it has no such bytes."""
     name = row.tensor
-    hits = [n for n in (name, name.removeprefix("model.")) if n in tensors][:1] or [n for n in tensors if n.endswith("." + name)]
-    if len(hits) != 1: return None
+    hits = [n for n in (name, name.removeprefix("model.")) if n in tensors][:1] or [
+        n for n in tensors if n.endswith("." + name)
+    ]
+    if len(hits) != 1:
+        return None
     t = tensors[hits[0]]
     spans = sound_spans(row.spans, t["end"] - t["start"]) if row.spans is not None else [(0, t["end"] - t["start"])]
-    if sum(b - a for a, b in spans) != row.bytes: raise ValueError(f"{name} has not the bytes that it names")
+    if sum(b - a for a, b in spans) != row.bytes:
+        raise ValueError(f"{name} has not the bytes that it names")
     return t | dict(spans=[(t["start"] + a, t["start"] + b) for a, b in spans])
 
 
 def _verify_row(folder: Path, row: Row, tensors: dict, theirs: dict | None) -> Verified:
     "One row of the note against what the files hold."
     here = _here(row, tensors) if row.tensor in tensors else None
-    if here is None: raise CheckpointError(f"{folder} has no tensor {row.tensor} any more: the files were replaced since the restore")
+    if here is None:
+        raise CheckpointError(
+            f"{folder} has no tensor {row.tensor} any more: the files were replaced since the restore"
+        )
     now = sha256(here)
     restored, post = now == row.sha256_restored, now == row.sha256_post
-    equals = "both" if restored and post else ("pre" if row.is_pre else "restored") if restored else "post" if post else "neither"
+    equals = (
+        "both"
+        if restored and post
+        else ("pre" if row.is_pre else "restored")
+        if restored
+        else "post"
+        if post
+        else "neither"
+    )
     if theirs is not None and row.is_pre and row.cast_from is None:
         source = _here(row, theirs)
-        if source is None: raise CheckpointError(f"pre has no tensor {row.tensor}: is it the checkpoint that was restored from?")
-        if sha256(source) != now: equals = "post" if post else "neither"
-        elif equals == "neither": equals = "pre"
+        if source is None:
+            raise CheckpointError(f"pre has no tensor {row.tensor}: is it the checkpoint that was restored from?")
+        if sha256(source) != now:
+            equals = "post" if post else "neither"
+        elif equals == "neither":
+            equals = "pre"
     return Verified(tensor=row.tensor, bytes=row.bytes, equals=equals)
 
 
@@ -224,18 +248,25 @@ def _verify_adapter(folder: Path, note: Note) -> list[Verified]:
 
 # %% ../nbs/11a_in_place.ipynb #938b7846
 def verify(
-    folder: str | Path,              # the result of a restore
-    pre: str | Path | None = None,   # the checkpoint that it was restored from: its bytes are compared, too
+    folder: str | Path,  # the result of a restore
+    pre: str | Path | None = None,  # the checkpoint that it was restored from: its bytes are compared, too
 ) -> list[Verified]:
     """For each restored tensor which it equals now: pre, restored (a mixture, a cast, or solved for), post, both (it never differed), or neither.
     Raises CheckpointError where there is no note, or a tensor is gone."""
     folder = Path(folder)
     if folder.is_dir() and half_written(folder):
-        raise CheckpointError(f"{folder} is half restored, a run in place was cut off in it: take it back first (qkrestore undo {folder})")
+        raise CheckpointError(
+            f"{folder} is half restored, a run in place was cut off in it: take it back first (qkrestore undo {folder})"
+        )
     note = read_note(folder)
     try:
-        if note.left_out is not None: return _verify_adapter(folder, note)
+        if note.left_out is not None:
+            return _verify_adapter(folder, note)
         tensors, theirs = read_index(folder), None if pre is None else read_index(pre)
         return [_verify_row(folder, row, tensors, theirs) for row in note.rows]
-    except CheckpointError: raise
-    except ValueError as e: raise CheckpointError(f"{folder / NOTE} cannot be read ({e}): restore again") from e  # bytes that a tensor does not have
+    except CheckpointError:
+        raise
+    except ValueError as e:
+        raise CheckpointError(
+            f"{folder / NOTE} cannot be read ({e}): restore again"
+        ) from e  # bytes that a tensor does not have
