@@ -17,9 +17,9 @@ CAPTION = "**Figure.** "  # begins the cell below a figure
 FENCE = re.compile(r"(^```.*?^```[^\n]*$)", flags=re.M | re.S)
 
 
-def settings() -> configparser.SectionProxy:
+def settings(root: Path = ROOT) -> configparser.SectionProxy:
     ini = configparser.ConfigParser()
-    ini.read(ROOT / "settings.ini")
+    ini.read(root / "settings.ini")
     return ini["DEFAULT"]
 
 

@@ -2,8 +2,8 @@
 
 d = { 'settings': { 'branch': 'main',
                 'doc_baseurl': '/qkrestore_nb',
-                'doc_host': 'https://qkrestore_nb.github.io',
-                'git_url': 'https://github.com/qkrestore_nb/qkrestore_nb',
+                'doc_host': 'https://qkrestore-nb.github.io',
+                'git_url': 'https://github.com/qkrestore-nb/qkrestore_nb',
                 'lib_path': 'qkrestore_nb'},
   'syms': { 'qkrestore_nb.adapters': { 'qkrestore_nb.adapters._chosen': ('adapters.html#_chosen', 'qkrestore_nb/adapters.py'),
                                        'qkrestore_nb.adapters._module': ('adapters.html#_module', 'qkrestore_nb/adapters.py'),

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
 from links import Page, outside
 from prepare import CAPTION, addresses, is_figure, settings
+from stamp import readdress, setup_cell
 
 BIN = Path(sys.executable).parent
 
@@ -30,9 +31,12 @@ def run(*command, cwd):
 @pytest.fixture
 def copy(tmp_path):
     "What the checks look at, somewhere they may change it."
-    for name in ("nbs", "qkrestore_nb", "docs"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("pair", "__pycache__", "site", "pages", "mathjax", ".ipynb_checkpoints"))
-    for name in ("settings.ini", "pyproject.toml", "README.md"): shutil.copy(ROOT / name, tmp_path)
+    unread = shutil.ignore_patterns("pair", "__pycache__", "site", "pages", ".mathjax", ".axe", ".ipynb_checkpoints")
+    for name in ("nbs", "qkrestore_nb", "docs", ".github"): shutil.copytree(ROOT / name, tmp_path / name, ignore=unread)
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("*.cff"), *ROOT.glob(".zenodo.json")): shutil.copy(path, tmp_path)
+    for name in ("settings.ini", "pyproject.toml"): shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "results").mkdir()
+    shutil.copy(ROOT / "results" / "colab-like.json", tmp_path / "results")
     return tmp_path
 
 
@@ -108,20 +112,87 @@ def test_links_of_the_readme(tmp_path):
 
 
 def test_link_check_of_the_readme_can_fail(tmp_path):
-    at = addresses()
-    good = ["#use-it", "https://arxiv.org/abs/2606.11052", at["site"], f"{at['site']}08_restore.html#exercises", f"{at['file']}CITATION.cff", f"{at['raw']}docs/images/index_2_0.svg"]
-    bad = ["nbs/08_restore.ipynb", "CITATION.cff", f"{at['site']}08_restored.html", f"{at['file']}nowhere.md", f"{at['raw']}docs/images/nowhere.svg", "docs/images/index_2_0.svg"]
+    at, figure = addresses(), next((ROOT / "docs" / "images").glob("*.svg")).name
+    good = ["#use-it", "https://arxiv.org/abs/2606.11052", at["site"], f"{at['site']}08_restore.html#exercises", f"{at['file']}CITATION.cff", f"{at['raw']}docs/images/{figure}"]
+    bad = ["nbs/08_restore.ipynb", "CITATION.cff", f"{at['site']}08_restored.html", f"{at['file']}nowhere.md", f"{at['raw']}docs/images/nowhere.svg", f"docs/images/{figure}"]
     text = "\n\n".join(f"[x]({link})" for link in good + bad[:-1]) + f"\n\n![x]({bad[-1]})"
     assert wrong_links(text, tmp_path) == bad
 
 
+def stamp(folder, *words): return run(sys.executable, folder / "docs" / "stamp.py", *words, cwd=folder)
+
+
+def test_stamped():
+    "The address of settings.ini everywhere, and the cells that all notebooks share as docs/stamp.py makes them."
+    done = run(sys.executable, ROOT / "docs" / "stamp.py", "--check", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_address_stands_once(copy):
-    "Another user in settings.ini, and README needs no edit by hand."
-    path, old = copy / "settings.ini", settings()["user"]
-    path.write_text(re.sub("^user = .*", f"user = {old}-2", path.read_text(), flags=re.M))
-    assert run(sys.executable, copy / "docs" / "readme.py", cwd=copy).returncode == 0
-    text = (copy / "README.md").read_text()
-    assert f"//{old}-2.github.io/" in text and f".com/{old}-2/" in text and not re.search(rf"//{old}\.github\.io/|\.com/{old}/", text)
+    "Another user, name and branch in settings.ini: one command rewrites every address, and nobody else's."
+    old, ini = settings(), (copy / "settings.ini").read_text()
+    for key, value in (("user", "some-one"), ("repo", "renamed"), ("branch", "trunk")): ini = re.sub(f"^{key} = .*", f"{key} = {value}", ini, flags=re.M)
+    (copy / "settings.ini").write_text(ini)
+    assert stamp(copy, "--check").returncode == 1
+    assert stamp(copy).returncode == 0 and run(BIN / "nbdev_export", cwd=copy).returncode == 0 and run(sys.executable, copy / "docs" / "readme.py", cwd=copy).returncode == 0
+    assert stamp(copy, "--check").returncode == 0
+    texts = {p.relative_to(copy).as_posix(): p.read_text() for p in copy.rglob("*") if p.is_file() and p.suffix in (".md", ".ipynb", ".py", ".toml", ".yml", ".cff", ".json", ".ini")}
+    stale = [n for n, text in texts.items() if re.search(rf"{old['user']}(/|\.github)|some-one/{old['repo']}\b|renamed/blob/{old['branch']}", text)]
+    assert stale == []
+    for name in ("README.md", "CITATION.cff", "pyproject.toml", "nbs/index.ipynb", "qkrestore_nb/_modidx.py", ".github/ISSUE_TEMPLATE/config.yml"): assert "some-one" in texts[name], name
+    assert "//some-one.github.io/renamed/" in texts["README.md"] and "github.com/LARK-AI-Lab/QK-Restore" in texts["CITATION.cff"]
+
+
+def test_user_can_be_an_account():
+    "Accounts of GitHub have letters, digits and single hyphens."
+    possible = lambda user: re.fullmatch(r"[A-Za-z0-9]+(-[A-Za-z0-9]+)*", user)
+    assert possible(settings()["user"]) and not possible("qkrestore_nb")
+
+
+def test_addresses_of_others_stay():
+    for text in ("https://github.com/LARK-AI-Lab/QK-Restore", "https://github.com/a/qkrestore_nb-extras", "https://a.github.io/other/", "github.com/ features"):
+        assert readdress(text, ROOT) == text
+    assert readdress("git+https://github.com/a/qkrestore_nb", ROOT) == f"git+{addresses()['repository']}"
+
+
+def plant_old_cell(folder):
+    path = folder / "nbs" / "00_core.ipynb"
+    path.write_text(path.read_text().replace("capture_output=True", "capture_output=False"))
+    return "nbs/00_core.ipynb"
+
+
+def plant_no_cell(folder):
+    path = folder / "nbs" / "00_core.ipynb"
+    nb = json.loads(path.read_text())
+    del nb["cells"][1:3]
+    path.write_text(json.dumps(nb))
+    return "nbs/00_core.ipynb"
+
+
+def plant_accelerator(folder):
+    path = folder / "docs" / "chapters.toml"
+    path.write_text(re.sub("^core = .*", "core = { read = 5, gpu = true }", path.read_text(), flags=re.M))
+    return "nbs/00_core.ipynb"
+
+
+def plant_address(folder):
+    path = folder / "CITATION.cff"
+    path.write_text(path.read_text().replace(f"{settings()['user']}/", "else/"))
+    return "CITATION.cff"
+
+
+@pytest.mark.parametrize("plant", [plant_old_cell, plant_no_cell, plant_accelerator, plant_address])
+def test_stamp_check_can_fail(copy, plant):
+    "What is out of step is named and mended; a second run changes nothing."
+    name = plant(copy)
+    assert stamp(copy, "--check").stderr.split(" is out of step")[0] == name
+    assert stamp(copy).returncode == 0 and stamp(copy, "--check").returncode == 0
+
+
+def test_a_chapter_without_its_line(copy):
+    shutil.copy(copy / "nbs" / "00_core.ipynb", copy / "nbs" / "99_new.ipynb")
+    done = stamp(copy)
+    assert done.returncode == 1 and done.stderr.strip() == "docs/chapters.toml has no line for 99_new.ipynb: add `new = { read = MINUTES }`"
 
 
 def without_caption(nb) -> list[str]:
@@ -199,38 +270,45 @@ def test_readme_has_the_two_commands():
     assert fences[:2] == ["pip install . && qkrestore demo", 'pip install ".[dev]" && pytest']
 
 
-def colab_cell() -> str:
-    ini = configparser.ConfigParser()
-    ini.read(ROOT / "settings.ini")
-    repo, user = ini["DEFAULT"]["repo"], ini["DEFAULT"]["user"]
-    return f"""#| hide
-# In Colab: fetch the package with its results, once. Anywhere else this cell does nothing.
-import sys
-if "google.colab" in sys.modules:
-    !test -d /content/{repo} || git clone -q --depth 1 https://github.com/{user}/{repo} /content/{repo}
-    %pip install -q "/content/{repo}[gpu]"
-    %cd -q /content/{repo}/nbs"""
+@pytest.fixture
+def in_colab(monkeypatch, tmp_path):
+    "The setup cell, run as in Colab with a git and a Python that note what they are asked for: (result of git, of pip) -> what was asked."
+    def call(git: int, pip: int, there: str = "0"):
+        log, home = tmp_path / "asked", tmp_path / "content"
+        log.write_text("")
+        for name, code in (("git", git), ("python", pip)):
+            (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $@" >> {log}\n[ {code} = 0 ] && mkdir -p {home}/nbs || echo "fatal: {name} says no" >&2\nexit {code}\n')
+            (tmp_path / name).chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+        monkeypatch.setattr(os.path, "exists", lambda path: there == "gpu" if path == "/dev/nvidia0" else Path(path).exists())
+        monkeypatch.setitem(sys.modules, "google.colab", object())
+        monkeypatch.chdir(tmp_path)
+        exec(setup_cell("nbs").replace("/content/", f"{home}/").replace(f"{home}/{settings()['repo']}", str(home)), {})
+        return log.read_text().splitlines()
+    return call
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda p: p.name)
-def test_colab_cell(path):
-    "Every notebook begins with its title and the cell that fetches the package in Colab, with the address of settings.ini."
-    title, cell, *rest = json.loads(path.read_text())["cells"]
-    assert "".join(title["source"]).startswith("# ") and "".join(cell["source"]) == colab_cell(), "copy the second cell of another notebook"
-    assert not any("google.colab" in "".join(c["source"]) for c in rest)
+def test_colab_cell_fetches_there(in_colab, tmp_path):
+    "Clone, install, change the folder; the GPU's kernels only where a GPU is; torch is never upgraded; the second time nothing is cloned."
+    clone, install = in_colab(0, 0)
+    assert clone.startswith(f"git clone -q --depth 1 {addresses()['repository']} ") and install == f"python -m pip install -q {tmp_path}/content"
+    assert Path.cwd() == tmp_path / "content" / "nbs"
+    assert in_colab(0, 0, "gpu") == [f"python -m pip install -q {tmp_path}/content[gpu]"]
 
 
-def test_colab_cell_fetches_there_and_nowhere_else(monkeypatch):
-    "The cell in IPython, its three commands noted instead of run."
-    from IPython.core.interactiveshell import InteractiveShell
-    shell, asked = InteractiveShell(), []
-    monkeypatch.setattr(shell, "system", lambda line: asked.append(line))
-    monkeypatch.setattr(shell, "run_line_magic", lambda name, line, *rest, **more: asked.append(f"{name} {line}"))
-    shell.run_cell(colab_cell())
-    assert asked == []
-    monkeypatch.setitem(sys.modules, "google.colab", object())
-    shell.run_cell(colab_cell())
-    assert [a.split()[0] for a in asked] == ["test", "pip", "cd"] and "torch" not in asked[1] and "-U" not in asked[1]
+@pytest.mark.parametrize("git, pip, name", [(128, 0, "git"), (0, 1, "python")])
+def test_colab_cell_stops(in_colab, git, pip, name):
+    "A failed clone or install is an error of the first cell, with what was said."
+    with pytest.raises(RuntimeError, match=f"the package was not installed, so no later cell can run: fatal: {name} says no"): in_colab(git, pip)
+
+
+def test_colab_cell_does_nothing_elsewhere(monkeypatch):
+    monkeypatch.delitem(sys.modules, "google.colab", raising=False)
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("it ran something"))
+    found = {}
+    exec(setup_cell("nbs"), found)
+    assert "subprocess" not in found
 
 
 SCHEMAS = {"vendor.github-workflows": "workflows/*.yml", "vendor.dependabot": "dependabot.yml",
