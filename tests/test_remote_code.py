@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from conftest import snapshot, write_sums
+from test_cli import call
+from test_finetune import launch
+
 from qkrestore_nb import scale
 from qkrestore_nb.audit import audit
 from qkrestore_nb.checkpoints import CheckpointError
 from qkrestore_nb.finetune import finetune, training_needs
 from qkrestore_nb.restore import qk_restore
-from test_cli import call
-from test_finetune import launch
 
 CODE = Path(__file__).parent / "jet_nemotron"
 FILES = {"config.json", "configuration_jet_nemotron.py", "modeling_jet_nemotron.py"}
@@ -23,9 +23,9 @@ SETTINGS = dict(steps=3, T=64, rows=2, lr=1e-3)
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     "A folder with pre/ (config.json and code as they are in tests/jet_nemotron, random weights), sums.jsonl, and post/."
+    from conftest import small_tokenizer
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
-    from conftest import small_tokenizer
     folder = tmp_path_factory.mktemp("jet")
     shutil.copytree(CODE, folder / "pre", ignore=lambda _, names: set(names) - FILES)
     set_seed(0)
@@ -64,6 +64,7 @@ def test_the_format(base, tmp_path):
 def test_its_model_is_one_model(base):
     "In pieces through the cache, with padding, and at once: the same."
     from transformers import DynamicCache
+
     from qkrestore_nb.hypenet import _CACHE
     model, _ = scale.load(base / "pre", trust_remote_code=True)
     x = torch.randint(0, 1000, (1, 130), generator=torch.Generator().manual_seed(0))
