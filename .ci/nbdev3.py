@@ -1,7 +1,7 @@
-"""Would nbdev 3 change anything that matters? `python .ci/nbdev3.py`, with nbdev 3 installed: exit code 1 and what, if it would.
+"""Would nbdev 3 change anything that matters? `python .ci/nbdev3.py`, run by nbdev 3: exit code 1 and what, if so.
 
-settings.ini keeps nbdev 2 as the tool, and nbdev 3 refuses to run beside it. So a copy is migrated as nbdev 3 proposes, then exported
-and cleaned. Modules may gain the address of their page on top and _modidx.py may change; notebooks may not."""
+settings.ini keeps nbdev 2 as the tool, and nbdev 3 refuses to run beside it. So a copy is migrated as nbdev 3 proposes,
+then exported and cleaned. Modules may gain the address of their page on top, _modidx.py may change; notebooks not."""
 import configparser
 import re
 import shutil
@@ -21,7 +21,8 @@ def migrated(folder: Path) -> None:
     ini, ours = configparser.ConfigParser(), (folder / "pyproject.toml").read_text()
     ini.read(folder / "settings.ini")
     subprocess.run([BIN / "nbdev-migrate-config"], cwd=folder, check=True)
-    section = re.search(r"^\[tool\.nbdev\]\n(?:(?!\[).*\n?)*", (folder / "pyproject.toml").read_text(), flags=re.M)[0].rstrip()
+    theirs = (folder / "pyproject.toml").read_text()
+    section = re.search(r"^\[tool\.nbdev\]\n(?:(?!\[).*\n?)*", theirs, flags=re.M)[0].rstrip()
     section += "".join(f"\n{key} = {ini['DEFAULT'][key].split()}" for key in FORGOTTEN if f"\n{key} =" not in section)
     (folder / "pyproject.toml").write_text(f"{ours}\n{section}\n")
     (folder / "settings.ini").unlink()

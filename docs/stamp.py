@@ -2,9 +2,10 @@
 
 `--check` changes nothing and names the files that are out of step.
 
-The address stands in settings.ini (user, repo, branch) and nowhere else by hand: every file that names the repository, its site
-or its notebooks in Colab gets it from there. Behind the title of every notebook stand two cells that are made here: a line that
-says where the notebook runs (docs/chapters.toml), and the cell that fetches the package in Colab. Both can be made again at any time."""
+The address stands in settings.ini (user, repo, branch) and nowhere else by hand: every file that names the repository,
+its site or its notebooks in Colab gets it from there. Behind the title of every notebook stand two cells that are made
+here: a line that says where it runs (docs/chapters.toml), and the cell that fetches the package in Colab. Both can be
+made again at any time."""
 import json
 import re
 import sys
@@ -14,21 +15,24 @@ from tomllib import loads
 from prepare import ROOT, settings
 
 BADGE, LINE, SETUP = "https://colab.research.google.com/assets/colab-badge.svg", "runs-on", "google.colab"
-FILES = ("*.md", "*.cff", "pyproject.toml", ".zenodo.json", ".github/**/*.md", ".github/**/*.yml", "docs/*.py", "nbs/**/*.ipynb")
+FILES = ("*.md", "*.cff", "pyproject.toml", ".zenodo.json", ".github/**/*.md", ".github/**/*.yml", "docs/*.py",
+         "nbs/**/*.ipynb")
 
 
 def ours(root: Path) -> set[str]:
-    "Names under which the repository may stand in a file now: the library's, the one in settings.ini, the one stamped last."
-    last = re.findall(r"colab-badge\.svg\)\]\([^)]*?/github/[\w.-]+/([\w.-]+)/blob/", (root / "nbs" / "index.ipynb").read_text())
+    "Names of the repository that a file may have now: the library's, the one in settings.ini, the one stamped last."
+    index = (root / "nbs" / "index.ipynb").read_text()
+    last = re.findall(r"colab-badge\.svg\)\]\([^)]*?/github/[\w.-]+/([\w.-]+)/blob/", index)
     return {settings(root)["lib_name"], settings(root)["repo"], *last}
 
 
 def readdress(text: str, root: Path) -> str:
-    "A text with all addresses of the repository, its files and its site as settings.ini has them. Other repositories stay."
+    "A text with all addresses of the repository, its files and its site as settings.ini has them. Others stay."
     ini = settings(root)
     user, repo, branch = ini["user"], ini["repo"], ini["branch"]
     old = "(?:" + "|".join(map(re.escape, sorted(ours(root)))) + r")(?![\w-])"
-    text = re.sub(rf"(github\.com/|githubusercontent\.com/|colab\.research\.google\.com/github/)[\w.-]+/{old}", rf"\g<1>{user}/{repo}", text)
+    hosts = r"github\.com/|githubusercontent\.com/|colab\.research\.google\.com/github/"
+    text = re.sub(rf"({hosts})[\w.-]+/{old}", rf"\g<1>{user}/{repo}", text)
     text = re.sub(rf"https://[\w.-]+\.github\.io/{old}", f"https://{user}.github.io/{repo}", text)
     home = re.escape(f"{user}/{repo}")
     text = re.sub(rf"(/{home}/(?:blob|tree|edit)/)[\w.-]+/", rf"\g<1>{branch}/", text)
@@ -36,10 +40,10 @@ def readdress(text: str, root: Path) -> str:
 
 
 def setup_cell(folder: str, root: Path = ROOT) -> str:
-    "The cell that fetches the package in Colab, for a notebook in `folder` of the repository. It stops with what went wrong."
+    "The cell that fetches the package in Colab, for a notebook in `folder`. It stops with what went wrong."
     ini = settings(root)
     return f'''#| hide
-# In Colab: fetch the package with its results, once; the GPU's kernels come along where a GPU is. Elsewhere this cell does nothing.
+# In Colab: fetch the package with its results, once, and kernels where a GPU is. Elsewhere this cell does nothing.
 import sys
 if "google.colab" in sys.modules:
     import os, subprocess
@@ -47,7 +51,8 @@ if "google.colab" in sys.modules:
     clone = f"test -d {{home}} || git clone -q --depth 1 https://github.com/{ini['user']}/{ini['repo']} {{home}}"
     install = f"'{{sys.executable}}' -m pip install -q '{{home}}{{extra}}'"
     done = subprocess.run(f"({{clone}}) && {{install}}", shell=True, capture_output=True, text=True)
-    if done.returncode: raise RuntimeError(f"the package was not installed, so no later cell can run: {{done.stderr.strip()[-800:]}}")
+    if done.returncode:
+        raise RuntimeError(f"the package was not installed, so no later cell can run: {{done.stderr.strip()[-800:]}}")
     os.chdir(f"{{home}}/{folder}")'''
 
 
@@ -57,14 +62,16 @@ def name_of(path: Path) -> str: return re.sub(r"^\d+\w?_", "", path.stem)
 def run_time(name: str, root: Path) -> str | None:
     "How long all cells took on two CPU threads, as words, where it was measured."
     measured = json.loads((root / "results" / "colab-like.json").read_text())["notebooks"]
-    seconds = next((row["seconds"] for key, row in measured.items() if name_of(Path(key)) == name and row["passed"]), None)
+    passed = {name_of(Path(key)): row["seconds"] for key, row in measured.items() if row["passed"]}
+    seconds = passed.get(name)
     return seconds and ("less than 1 to run" if seconds < 60 else f"{round(seconds / 60 + .5)} to run")
 
 
 def line_cell(path: Path, root: Path = ROOT) -> str:
-    "Badge, and where a notebook runs, how many minutes it takes, what it needs. Raises ValueError for one that docs/chapters.toml lacks."
+    "Badge, where a notebook runs, its minutes, its needs. Raises ValueError for one that docs/chapters.toml lacks."
     chapters, name, ini = loads((root / "docs" / "chapters.toml").read_text()), name_of(path), settings(root)
-    if name not in chapters: raise ValueError(f"docs/chapters.toml has no line for {path.name}: add `{name} = {{ read = MINUTES }}`")
+    if name not in chapters:
+        raise ValueError(f"docs/chapters.toml has no line for {path.name}: add `{name} = {{ read = MINUTES }}`")
     said, file = chapters[name], path.relative_to(root).as_posix()
     colab = f"https://colab.research.google.com/github/{ini['user']}/{ini['repo']}/blob/{ini['branch']}/{file}"
     minutes = ", ".join(filter(None, (f"{said['read']} to read", run_time(name, root))))
@@ -90,16 +97,16 @@ def stamped(path: Path, root: Path = ROOT) -> str:
 
 def changes(root: Path = ROOT) -> dict[Path, str]:
     "Files that are out of step, and what should stand in them."
-    found = sorted({p for pattern in FILES for p in root.glob(pattern) if p.is_file() and ".ipynb_checkpoints" not in p.parts})
-    new = {p: stamped(p, root) if p.suffix == ".ipynb" else readdress(p.read_text(), root) for p in found}
+    found = {p for pattern in FILES for p in root.glob(pattern) if p.is_file() and ".ipynb_checkpoints" not in p.parts}
+    new = {p: stamped(p, root) if p.suffix == ".ipynb" else readdress(p.read_text(), root) for p in sorted(found)}
     return {p: text for p, text in new.items() if text != p.read_text()}
 
 
 def main(mode: str | None = None, root: Path = ROOT) -> int:
     found = changes(root)
     for path, text in found.items():
-        if mode == "--check": print(f"{path.relative_to(root)} is out of step: run `python docs/stamp.py`", file=sys.stderr)
-        else: path.write_text(text)
+        if mode != "--check": path.write_text(text)
+        else: print(f"{path.relative_to(root)} is out of step: run `python docs/stamp.py`", file=sys.stderr)
     if mode != "--check" and found: print(f"{len(found)} files: now nbdev_export && python docs/readme.py")
     return int(mode == "--check" and bool(found))
 
