@@ -1,13 +1,9 @@
 "docs/prepare.py and its neighbours: what becomes a link, what is folded, what a reader hovers over; no browser."
 import re
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "docs"))
 from build import PRINTED, columns
 from prepare import (
     BADGE,
@@ -22,6 +18,7 @@ from prepare import (
     signature,
 )
 
+ROOT = Path(__file__).parent.parent
 BLOB = "https://github.com/a/b/blob/main/"
 NAMES = {"noise": ["qkrestore_nb.recall.noise"], "needle_rows": ["qkrestore_nb.recall.needle_rows"],
          "Wide": ["qkrestore_nb.hypenet.Wide"], "load": ["qkrestore_nb.scale.load", "qkrestore_nb.study.load"]}
@@ -102,7 +99,8 @@ def test_code_cells():
     assert cell("#| hide\nx") == [] and [c.cell_type for c in cell(f"#| export\n{SHORT}")] == ["code"]
     above, code = cell(f"#| export\n{LONG}")
     assert above.source.startswith("{py:obj}") and code.metadata.tags == ["hide-input"]
-    solution, other = (cell("#| code-fold: true\nx = 1", heading)[0].metadata.mystnb for heading in ("Exercises", "End"))
+    folded = "#| code-fold: true\nx = 1"
+    solution, other = (cell(folded, heading)[0].metadata.mystnb for heading in ("Exercises", "End"))
     assert solution.code_prompt_show == "Solution" and "code_prompt_show" not in other
     with pytest.raises(ValueError, match="`#| nonsense` is new"): cell("#| nonsense\nx")
 
@@ -115,7 +113,8 @@ def test_reference_page():
 
 
 def test_printed_output_says_its_width():
-    box, text = '<div class="output stream highlight-myst-ansi"><div class="highlight">', "ab\n<span>c &lt; d</span>\n</pre>"
+    box = '<div class="output stream highlight-myst-ansi"><div class="highlight">'
+    text = "ab\n<span>c &lt; d</span>\n</pre>"
     made = re.sub(rf"({PRINTED})<pre>(.*?)</pre>", columns, f"{box}<pre>{text}", flags=re.S)
     assert made == f'{box}<pre tabindex="0" style="--columns: 5">{text}'
 

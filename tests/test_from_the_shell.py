@@ -1,6 +1,7 @@
 """Foreign commands on a HypeNet folder, in processes that do not import this package: lm_eval, trl sft, mergekit-yaml.
 
-mergekit wants an environment of its own: MERGEKIT=PATH/TO/mergekit-yaml asks for its tests, which are skipped without."""
+A minute and a half, once a week: FOREIGN_TESTS=1 asks for lm_eval and trl, MERGEKIT=PATH/TO/mergekit-yaml for mergekit,
+which wants an environment of its own."""
 import json
 import os
 import subprocess
@@ -62,6 +63,7 @@ def shell(command: str | Path, *words, cwd: Path):
 
 
 def script(name: str) -> Path:
+    if os.environ.get("FOREIGN_TESTS") != "1": pytest.skip("FOREIGN_TESTS=1 asks for it")
     path = Path(sys.executable).parent / name
     return path if path.exists() else pytest.skip(f"{name} is not installed")
 

@@ -36,7 +36,8 @@ def need(module: str):
 def checkout(tmp_path):
     "The checkout as a contributor has it: a repository with one commit."
     unread = shutil.ignore_patterns("pair", "__pycache__", "site", "pages", ".mathjax", ".axe", ".ipynb_checkpoints")
-    for name in ("nbs", "qkrestore_nb", "docs", ".github", ".ci"): shutil.copytree(ROOT / name, tmp_path / name, ignore=unread)
+    for name in ("nbs", "qkrestore_nb", "docs", ".github", ".ci"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=unread)
     for path in ROOT.iterdir():
         if path.is_file() and path.name != ".git": shutil.copy(path, tmp_path)
     (tmp_path / "results").mkdir()
@@ -61,7 +62,8 @@ def test_prepare(checkout):
     assert set(changed(checkout)) <= {"qkrestore_nb/_modidx.py"}  # which now lacks the other chapters
     notebook = checkout / "nbs" / "00_core.ipynb"
     nb = json.loads(notebook.read_text())
-    nb["cells"].append(dict(cell_type="code", id="last", metadata={}, execution_count=None, outputs=[], source="assert 1 == 2"))
+    wrong = dict(cell_type="code", id="last", metadata={}, execution_count=None, outputs=[], source="assert 1 == 2")
+    nb["cells"].append(wrong)
     notebook.write_text(json.dumps(nb))
     assert run(BIN / "nbdev_prepare", cwd=checkout).returncode != 0
 
@@ -75,7 +77,8 @@ def test_make_lists_what_there_is(checkout):
     named = re.findall(r"^make (\w+)\t\S", done.stdout, flags=re.M)
     assert done.returncode == 0 and {"setup", "export", "run", "test", "site"} <= set(named)
     said = (ROOT / "CONTRIBUTING.md").read_text()
-    for name in named: assert run("make", "-n", name, cwd=checkout).returncode == 0 and (name == "help" or f"make {name}" in said)
+    for name in named:
+        assert run("make", "-n", name, cwd=checkout).returncode == 0 and (name == "help" or f"make {name}" in said)
 
 
 @needs_make
@@ -120,7 +123,8 @@ def test_merge_of_notebooks(checkout):
     shutil.copytree(checkout, plain)
     assert not merged(plain, driver=False)
     assert merged(checkout, driver=True)
-    assert "*.ipynb" in (ROOT / ".gitattributes").read_text() and "nbdime config-git --enable" in (ROOT / "Makefile").read_text()
+    assert "*.ipynb" in (ROOT / ".gitattributes").read_text()
+    assert "nbdime config-git --enable" in (ROOT / "Makefile").read_text()
 
 
 def test_hooks_before_a_commit(checkout):
@@ -150,7 +154,8 @@ def found(*words) -> set[tuple[str, str]]:
 def test_ruff(tmp_path):
     assert found() == set(), "run ruff check"
     (tmp_path / "wrong.py").write_text("import os\nx: Optional[int] = '" + "x" * 120 + "'\n")
-    done = run(BIN / "ruff", "check", "--config", ROOT / "pyproject.toml", "--output-format", "concise", tmp_path, cwd=tmp_path)
+    options = ("--config", ROOT / "pyproject.toml", "--output-format", "concise")
+    done = run(BIN / "ruff", "check", *options, tmp_path, cwd=tmp_path)
     assert {"E501", "F401", "F821"} <= set(re.findall(r" ([A-Z]+\d+) ", done.stdout))
 
 
@@ -172,7 +177,7 @@ def test_deposit():
     "Zenodo's record and the citation file say the same of the project and of the paper."
     import yaml
     zenodo, cff = json.loads((ROOT / ".zenodo.json").read_text()), yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert zenodo["title"] == cff["title"] and zenodo["license"] == cff["license"] and zenodo["keywords"] == cff["keywords"]
+    for field in ("title", "license", "keywords"): assert zenodo[field] == cff[field]
     assert [c["name"] for c in zenodo["creators"]] == [a["name"] for a in cff["authors"]]
     papers = [cff["preferred-citation"], *cff["references"]]
     related = {r["identifier"] for r in zenodo["related_identifiers"] if r["scheme"] == "arxiv"}

@@ -238,6 +238,7 @@ except ValueError as e: print("refused", "trust_remote_code" in str(e))
 def test_here_the_package_is_taken(ours, tmp_path):
     "With the package imported its own classes load the folder, trusted or not, and what lies there does not run."
     from transformers import AutoModelForCausalLM
+
     from qkrestore_nb.hypenet import HypeNetForCausalLM
     shutil.copytree(ours[0] / "pre", tmp_path / "pre")
     with open(tmp_path / "pre" / "hypenet.py", "a") as f: f.write(f"\nopen({str(tmp_path / 'ran')!r}, 'w')\n")
