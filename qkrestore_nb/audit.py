@@ -64,12 +64,12 @@ def _ours(tokenizer) -> bool: return {"QM", "DOT", "k127"} <= tokenizer.get_voca
 
 def _asked_in_words(model, lengths, haystacks, seed, tell):
     "The tests of chapter 4: test -> tokens -> {correct, n, each}."
-    from qkrestore_nb.recall import recall_test, right
+    from qkrestore_nb.recall import recall_test, score
     out = {}
     for kind, questions in (("S2", 1), ("S3", 1), ("MK", 8), ("MF", 8)):
         for T in lengths:
             tell(f"{kind} at {T:,} tokens")
-            ok = right(model, recall_test(kind, haystacks, T, questions, seed), rows=max(1, 8192 // T))
+            ok = score(model, recall_test(kind, haystacks, T, questions, seed), max(1, 8192 // T)).exact
             out.setdefault(kind, {})[str(T)] = dict(correct=int(ok.sum()), n=ok.size, each=[[int(row.sum()), row.size] for row in ok])
     return out
 

@@ -387,19 +387,19 @@ def leftovers(
 @app.command()
 def demo(
     out: Annotated[Optional[Path], typer.Option(help="Folder to make. Default: qkrestore-demo, or the next free name.")] = None,
-    full: Annotated[bool, typer.Option("--full", help="Longer contexts and more samples: many minutes on a CPU.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="More tests, longer texts, more questions: many minutes on a CPU.")] = False,
+    packed: Annotated[bool, typer.Option("--packed", help="The sibling that was fine-tuned on packed rows.")] = False,
 ) -> None:
-    """Restore the shipped pair of checkpoints and measure all three: under a minute on two CPU cores.
+    """Restore the shipped checkpoint and compare repairs: about a minute on two CPU cores.
 
     Example: qkrestore demo --out here/
     """
     import json
-    from qkrestore_nb.experiment import demo as run_demo, table
-    done = run_demo(out, full)
+    from qkrestore_nb.experiment import demo as run_demo, table, verdict
+    done = run_demo(out, full, packed)
     result = json.loads((done / "demo.json").read_text())
-    echo(table(result["scores"]))
-    echo("\nPercent of exact answers with 95% intervals. MF: a haystack full of needles; MK: eight similar keys; cot: chains of thought. "
-               "Questions of one haystack are not quite independent, so the intervals are a little too narrow.")
+    echo(f"{table(result['scores'])}\n\n{verdict(result['scores'])}")
+    echo("Exact match, in brackets look-up accuracy. S3: a string of 16 letters in an essay; MK: one of eight similar keys; MF: a full haystack.")
     echo(f"{result['wall_s']:.0f} s. Figure: {done / 'demo.png'}  Numbers: {done / 'demo.json'}  Checkpoints: {done}/pre, post, restored")
 
 
@@ -408,11 +408,12 @@ def experiment(
     profile: Annotated[Optional[str], typer.Option(help="smoke (CPU, minutes), colab (an older GPU, from the shipped pre) or gpu (one modern GPU). Default: what is there.")] = None,
     out: Annotated[Optional[Path], typer.Option(help="Run folder, or with several seeds the folder of their run folders; an interrupted run goes on. Default: qkrestore-experiment-PROFILE-MODEL-seedN.")] = None,
     seed: Annotated[str, typer.Option(help="Of weights, data and questions: a number, or several as in 0,1,2 or 0-4.")] = "0",
-    model: Annotated[str, typer.Option(help="hypenet7m, or first7m, spread7m, late7m (where the softmax layers stand), softmax7m.")] = "hypenet7m",
-    kinds: Annotated[str, typer.Option(help="Of fine-tuning: cot, alone, few, direct, frozen, long, ramp, slow, lora; several with commas.")] = "cot",
-    full: Annotated[bool, typer.Option("--full", help="Measure every rival of QK-Restore.")] = False,
+    model: Annotated[str, typer.Option(help="hypenet7m, or another of qkrestore_nb.experiment.models.")] = "hypenet7m",
+    kinds: Annotated[str, typer.Option(help="Of fine-tuning: near, far, packed, borders or another of qkrestore_nb.experiment.sfts; several with commas.")] = "near",
+    full: Annotated[bool, typer.Option("--full", help="Evaluate every alternative repair.")] = False,
+    sft_seed: Annotated[int, typer.Option(help="Of the fine-tuning data.")] = 0,
 ) -> None:
-    """Pre-train a small hybrid, fine-tune it on chains of thought, restore, measure.
+    """Pre-train a small hybrid, fine-tune it on chains of thought, repair it, evaluate.
 
     Several seeds on several GPUs: accelerate launch $(which qkrestore) experiment --seed 0-4
 
@@ -420,7 +421,7 @@ def experiment(
     """
     import json
     import os
-    from qkrestore_nb.experiment import run, table
+    from qkrestore_nb.experiment import alternatives, decisive, run, table
     try: seeds = [n for part in seed.split(",") for a, _, b in [part.partition("-")] for n in range(int(a), int(b or a) + 1)]
     except ValueError: raise CheckpointError(f"--seed {seed}: give a number, or several as in 0,1,2 or 0-4") from None
     if not seeds: raise CheckpointError(f"--seed {seed} names no seed: give a number, or several as in 0,1,2 or 0-4")
@@ -431,12 +432,12 @@ def experiment(
         seeds = seeds[state.process_index::state.num_processes]
     if several and out: out.mkdir(exist_ok=True)
     for n in seeds:
-        done = run(profile, out / f"seed{n}" if several and out else out, n, model, tuple(kinds.split(",")), full)
-        result = json.loads((done / "results.json").read_text())
-        echo(table(result["scores"]))
-        if result["config"]["profile"] == "smoke":
-            echo("\nThis profile runs the path, nothing more: its model is too small and too briefly trained to find a needle, so there is nothing to break or to restore.")
-        echo(f"{result['wall_s']:.0f} s. Numbers: {done / 'results.json'}  Figure: {done / 'results.png'}")
+        done = run(profile, out / f"seed{n}" if several and out else out, n, model, kinds.split(","), decisive + alternatives * full, sft_seed)
+        for path in sorted(done.glob(f"{model}-*-seed{n}{f'-sft{sft_seed}' * bool(sft_seed)}.json")):
+            result = json.loads(path.read_text())
+            echo(f"{result['config']['kind']}, seed {n}\n{table(result['scores'])}\n{result['wall_s']:.0f} s. Numbers: {path}")
+            if result["config"]["profile"] == "smoke":
+                echo("This profile runs the path, nothing more: its model is too small to find a needle, so there is nothing to restore.")
 
 # %% ../nbs/14_cli.ipynb #0656d6ba
 @app.command()
