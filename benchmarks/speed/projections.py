@@ -1,4 +1,4 @@
-"""Cost of the measurements of chapters 7 and 7a beside an ordinary backward: `python benchmarks/projections.py
+"""Cost of the measurements of chapters 7 and 7a beside an ordinary backward: `python benchmarks/speed/projections.py
 OUT.json --device cuda --dtype bfloat16`.
 
 A hybrid of 8 layers, two of them softmax layers with 8 heads of 64, on one row of T = 32,768 tokens. Measured:

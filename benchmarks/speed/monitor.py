@@ -1,4 +1,4 @@
-"""What RecallMonitor costs: `python benchmarks/monitor.py OUT.json --device cuda` trains a small hybrid with it and
+"""What RecallMonitor costs: `python benchmarks/speed/monitor.py OUT.json --device cuda` trains a small hybrid with it and
 measures both.
 
 A step is forward and backward of --rows rows of --row-tokens tokens with AdamW; a look is --haystacks haystacks of

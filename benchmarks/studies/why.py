@@ -1,4 +1,4 @@
-"""What the theory of chapters 7 to 7b says of a run: `python benchmarks/why.py OUT.json --checkpoints pre=PRE
+"""What the theory of chapters 7 to 7b says of a run: `python benchmarks/studies/why.py OUT.json --checkpoints pre=PRE
 post=POST --batch near=sft_batch ...`.
 
 For every checkpoint: the gradient range, the projections' gradients by distance, and the reach of attention, on

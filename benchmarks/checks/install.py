@@ -1,6 +1,6 @@
-"""How long each extra takes to install in a fresh environment, and how large it is: `python benchmarks/install.py`.
+"""How long each extra takes to install in a fresh environment, and how large it is: `python benchmarks/checks/install.py`.
 
-    python benchmarks/install.py --extras "" docs notebooks real train eval dev --out results/install.json
+    python benchmarks/checks/install.py --extras "" docs notebooks real train eval dev --out results/install.json
 
 One at a time, with a C compiler that refuses: what needs one fails, and its row says so."""
 import argparse
