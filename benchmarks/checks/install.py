@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EXTRAS = ["", "docs", "notebooks", "real", "gpu", "train", "eval", "dev"]
 WATCHED = ("torch", "transformers", "safetensors", "sphinx", "jupyterlab", "trl", "lm_eval", "nbdev")
 
