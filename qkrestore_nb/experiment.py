@@ -14,7 +14,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .checkpoints import CheckpointError
+from .checkpoints import CheckpointError, scratch, write_whole
 from .core import colors, pick_profile, plot_style, provenance, wilson
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
@@ -122,19 +122,17 @@ def save(
     import torch
     from transformers import GenerationConfig
     from qkrestore_nb.recall import tokenizer
-    part = folder.with_name(folder.name + ".part")
-    for old in (part, folder): shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     model = copy.deepcopy(model).cpu().to(torch.bfloat16)
     model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=128, pad_token_id=0)
-    model.save_pretrained(part)
-    tokenizer().save_pretrained(part)
-    part.rename(folder)
+    with scratch(folder) as work:
+        model.save_pretrained(work / "new")
+        tokenizer().save_pretrained(work / "new")
+        (work / "new").rename(folder)
 
 
 def _write(path: Path, data: dict):
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(data, indent=1) + "\n")
-    part.replace(path)
+    write_whole(path, [(json.dumps(data, indent=1) + "\n").encode()])
 
 
 def _open_run(out: Path, config: dict) -> Path:

@@ -5,6 +5,7 @@ __all__ = ['kinds', 'weighted_loss', 'pretraining_batch', 'sft_batch', 'init_wei
 
 # %% ../nbs/06_training.ipynb #6f4cea8c
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -143,9 +144,8 @@ def init_weights(
 # %% ../nbs/06_training.ipynb #5d27c1ae
 def _save(path: Path, **state):
     "All or nothing: a file that was being written when the power went is not the checkpoint."
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    os.replace(part, path)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False) as part: torch.save(state, part)
+    os.replace(part.name, path)
 
 
 @contextmanager

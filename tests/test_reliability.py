@@ -769,3 +769,19 @@ def test_pickled_weights_are_not_trained(base, tmp_path, capsys):
     torch.save(Evil(tmp_path / "PWNED"), pre / "pytorch_model.bin")
     assert call("finetune", pre, base / "sums.jsonl", tmp_path / "post") == 2
     assert "pickled weights" in (err := capsys.readouterr().err) and sentence(err) and not (tmp_path / "PWNED").exists()
+
+
+# ---- every other file that is written under another name first
+
+def test_no_writer_follows_a_link_of_its_old_name(tmp_path, secret):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from qkrestore_nb import experiment, training
+    (tmp_path / "a.part").symlink_to(secret), (tmp_path / "m.part").symlink_to(secret.parent)
+    experiment._write(tmp_path / "a.json", dict(x=1))
+    training._save(tmp_path / "a.pt", x=torch.ones(1))
+    assert json.loads((tmp_path / "a.json").read_text()) == dict(x=1) and torch.load(tmp_path / "a.pt")["x"] == 1
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2))
+    experiment.save(model, tmp_path / "m")
+    assert (tmp_path / "m" / "config.json").exists() and secret.read_text() == "mine\n" and [p.name for p in secret.parent.iterdir()] == [secret.name]
+    assert not [p for p in tmp_path.glob(".*.part")]
