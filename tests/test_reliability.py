@@ -583,7 +583,8 @@ def heavy(tmp_path_factory):
 
 def _start(root, *words):
     return subprocess.Popen([sys.executable, "-c", "from qkrestore_nb.cli import main; main()", "restore", str(root / "pre"), str(root / "post"), *map(str, words)],
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                            preexec_fn=lambda: [signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGHUP)])  # nohup and & ignore them
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
