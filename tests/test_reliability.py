@@ -387,6 +387,20 @@ def test_headers_of_wrong_types(tmp_path, change, capsys):
     assert sentence(err) and "not a sound safetensors file" in err and len(err) < 1100
 
 
+def raw_file(file: Path, **entries) -> Path:
+    "Tensors of F32 with offsets as given, and as many bytes as the last of them needs."
+    text = json.dumps({n: dict(dtype="F32", shape=shape, data_offsets=at) for n, (shape, at) in entries.items()}).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(max(at[1] for _, at in entries.values())))
+    return file
+
+
+@pytest.mark.parametrize("entries, says", [(dict(a=([4], [0, 16]), b=([4], [0, 16])), "overlaps"), (dict(a=([4], [0, 16]), b=([4], [8, 24])), "overlaps"), (dict(a=([4], [0, 16]), b=([4], [20, 36])), "hole"),
+                                           (dict(a=([3], [0, 16])), "need another number"), (dict(a=([5], [0, 16])), "need another number"), (dict(a=([4], [4, 20])), "hole")])
+def test_headers_that_are_wrong_in_one_thing(tmp_path, entries, says):
+    with pytest.raises(CheckpointError, match=says): checkpoints.read_header(raw_file(tmp_path / "a.safetensors", **entries))
+    assert len(checkpoints.read_header(raw_file(tmp_path / "b.safetensors", a=([4], [0, 16]), b=([4], [16, 32])))) == 2
+
+
 @pytest.mark.parametrize("meta", [False, [], -0.0, "x", 0, {"a": 1}])
 def test_metadata_that_is_none(tmp_path, meta):
     from conftest import _edit, _header
