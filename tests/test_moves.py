@@ -411,3 +411,14 @@ def test_qk_pro_leaves_the_gate_of_a_gated_projection():
     pre, post = (model("qwen3_next", CASES["qwen3_next"][0], s).float() for s in (1, 2))
     got, copied = qk_pro(pre, post, lam=0., space="head").state_dict(), qk_restore(pre, post).state_dict()
     assert all(torch.allclose(got[n], copied[n], atol=1e-5) for n in got)
+
+
+def test_a_solve_is_written_in_several_pieces(tmp_path):
+    "A matrix of more numbers than a file is written at once."
+    config = hypenet_config(hidden_size=512, num_attention_heads=2, num_key_value_heads=1, head_dim=512)
+    def weights(seed):
+        g = torch.Generator().manual_seed(seed)
+        return {NAME.format(i, r): torch.randn(1024 if r == "q" else 512, 512, generator=g) for i in (1, 2) for r in "qk"}
+    pre, post = (write_checkpoint(tmp_path / n, s, config=config, weights=weights(s)) for n, s in (("pre", 1), ("post", 2)))
+    got, want = load(qk_pro(pre, post, out=tmp_path / "out", lam=.1)), qk_pro(weights(1), weights(2), config=config, lam=.1)
+    assert all(torch.equal(got[n], want[n]) for n in want)
