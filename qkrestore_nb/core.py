@@ -63,7 +63,7 @@ def provenance(
                 device=torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads")
 
 # %% ../nbs/00_core.ipynb #70b0e487
-colors = dict(pre="#0072B2", post="#D55E00", restored="#009E73", softmax="#E69F00", linear="#8C8C8C")
+colors = dict(pre="#0072B2", post="#D55E00", restored="#009E73", vo="#7A7A7A", average="#CC79A7", softmax="#E69F00", linear="#8C8C8C")
 
 
 def plot_style() -> None:
