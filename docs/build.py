@@ -5,29 +5,30 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from html import unescape
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
 
 
 def npm_package(name: str, folder: Path) -> Path:
-    "A package of npm, such as mathjax@3.2.2, unpacked in `folder`. Raises OSError or CalledProcessError without npm or a connection."
+    "A package of npm, such as mathjax@3.2.2, unpacked in `folder`. Raises OSError, CalledProcessError if npm fails."
     subprocess.run(["npm", "pack", "--silent", name], cwd=folder, check=True, stdout=subprocess.DEVNULL)
     with tarfile.open(next(Path(folder).glob("*.tgz"))) as tar: tar.extractall(folder, filter="data")
     return Path(folder) / "package"
 
 
 def mathjax(version: str = "3.2.2") -> None:
-    "MathJax into docs/.mathjax, once: formulas then need no other host. Without npm they load it from its public address."
+    "MathJax into docs/.mathjax, once: formulas need no other host then. Without npm they load it from a public one."
     target = DOCS / ".mathjax" / "mathjax"
     if target.exists(): return
     with tempfile.TemporaryDirectory() as folder:
         try: es5, part = npm_package(f"mathjax@{version}", folder) / "es5", Path(folder) / "part"
         except (OSError, subprocess.CalledProcessError) as e:
-            print(f"npm did not fetch MathJax ({e}): formulas on this site will load it from a public address", file=sys.stderr)
+            print(f"npm did not fetch MathJax ({e}): formulas will load it from a public address", file=sys.stderr)
             return
         shutil.copytree(es5 / "output" / "chtml" / "fonts" / "woff-v2", part / "output" / "chtml" / "fonts" / "woff-v2")
-        shutil.copytree(es5 / "input" / "tex" / "extensions", part / "input" / "tex" / "extensions")  # rare macros load them
+        shutil.copytree(es5 / "input" / "tex" / "extensions", part / "input" / "tex" / "extensions")  # of rare macros
         shutil.copy(es5 / "tex-chtml.js", part)
         target.parent.mkdir(exist_ok=True)
         shutil.move(part, target)
@@ -36,17 +37,32 @@ def mathjax(version: str = "3.2.2") -> None:
 LATER = "searchtools|language_data|searchindex|clipboard.min|copybutton|design-tabs|sphinx_highlight"
 
 
+PRINTED = r'<div class="output [^>]*>\s*<div class="highlight[^>]*>(?:<div class="highlight">)?'
+REACHED = 'tabindex="0" role="region" aria-label="Figure"'  # by the keyboard: on a phone a figure scrolls sideways
+
+
+def columns(m: re.Match) -> str:
+    "A printed output that says how many columns it has (site.css fits it in) and that the keyboard can scroll."
+    longest = max(map(len, unescape(re.sub("<[^>]+>", "", m[2])).split("\n")))
+    return f'{m[1]}<pre tabindex="0" style="--columns: {longest}">{m[2]}</pre>'
+
+
 def lighten(site: Path) -> None:
-    "Pages appear sooner and do not jump: no file that only costs time, scripts that can wait do, figures say how large they are."
-    for path in (*site.rglob("*.map"), site / "_static" / "scripts" / "fontawesome.js"): path.unlink()  # the icons come from its fonts, too: a tenth of the size
+    "Pages appear sooner and do not jump, and what is too wide for a window can be read all the same."
+    # the icons come from fonts, too, which have a tenth of the size
+    for path in (*site.rglob("*.map"), site / "_static" / "scripts" / "fontawesome.js"): path.unlink()
     def sized(m):
         if " width=" in m[0]: return m[0]
         points = re.search(rb'<svg [^>]*?width="([\d.]+)pt" height="([\d.]+)pt"', (site / m[1]).read_bytes())
-        return f'{m[0]} width="{round(float(points[1]) * 4 / 3)}" height="{round(float(points[2]) * 4 / 3)}"' if points else m[0]
+        if not points: return m[0]
+        width, height = (round(float(x) * 4 / 3) for x in points.groups())
+        return f'{m[0]} width="{width}" height="{height}"'
     for path in site.glob("*.html"):
         text = re.sub(r"\s*<script [^>]*fontawesome\.js[^>]*></script>", "", path.read_text())
         text = re.sub(rf'<script (?=src="(?:_static/)?(?:{LATER})\.js)', "<script defer ", text)
-        text = text.replace("</strong> -- ", "</strong>: ")  # in lists of parameters: a dash only where Sphinx may set all dashes
+        text = text.replace("</strong> -- ", "</strong>: ")  # a dash only where Sphinx may set all dashes
+        text = re.sub(rf"({PRINTED})<pre>(.*?)</pre>", columns, text, flags=re.S)
+        text = re.sub(r'(<div class="cell_output docutils container")(?=>\s*<(?:img|figure))', rf"\1 {REACHED}", text)
         path.write_text(re.sub(r'<img [^>]*src="(_images/[^"]+\.svg)"[^>/]*', sized, text))
 
 
@@ -57,7 +73,8 @@ def main() -> int:
     site = DOCS / "site"
     shutil.rmtree(site, ignore_errors=True)
     with tempfile.TemporaryDirectory() as doctrees:
-        done = subprocess.run([sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-E", "-q", "-b", "html", "-c", DOCS, "-d", doctrees, DOCS / "pages", site])
+        options = ["-W", "--keep-going", "-n", "-E", "-q", "-b", "html", "-c", DOCS, "-d", doctrees]
+        done = subprocess.run([sys.executable, "-m", "sphinx", *options, DOCS / "pages", site])
     shutil.rmtree(DOCS / "jupyter_execute", ignore_errors=True)  # myst-nb's copies of the figures, already in the site
     if done.returncode == 0: lighten(site)
     if done.returncode == 0: print(f"{len(list(site.glob('*.html')))} pages: open {site / 'index.html'}")

@@ -1,15 +1,17 @@
-"""Every link of the built site, followed without a browser: `python docs/links.py` counts them and says which lead nowhere.
+"""Every link of the built site, followed without a browser: `python docs/links.py` counts them, and names dead ones.
 
-Links and anchors inside the site must exist, links from outside into this repository or its site must name a file that is here; others are
-judged by their form only."""
+Links and anchors inside the site must exist, links into this repository or its published site must name a file that is
+here; others are judged by their form only."""
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from prepare import ROOT, addresses, settings
+from prepare import ROOT, addresses
 
-PLACEHOLDERS = ("example.com", "example.org", "example.net", "localhost", "127.0.0.1", ".test", ".invalid", ".example", ".local")
+PLACEHOLDERS = ("example.com", "example.org", "example.net", "localhost", "127.0.0.1", ".test", ".invalid", ".example",
+                ".local")
+MADE = ("api", "404", "genindex", "search")  # pages without a notebook
 FILES = {"link": "href", "img": "src", "script": "src"}
 
 
@@ -39,11 +41,13 @@ def outside(link: str) -> str | None:
     if any(c.isspace() for c in link) or "." not in host: return "malformed"
     if host.endswith(PLACEHOLDERS): return "a placeholder"
     at, path = addresses(), unquote(url.path)
-    for start in (at["file"], at["file"].replace("/blob/", "/tree/"), at["raw"]):
-        if link.startswith(start) and not (ROOT / path.removeprefix(urlsplit(start).path)).exists(): return "no such file in this repository"
+    for start in (*(at["file"].replace("/blob/", f"/{how}/") for how in ("blob", "tree", "edit")), at["raw"]):
+        if link.startswith(start) and not (ROOT / path.removeprefix(urlsplit(start).path)).exists():
+            return "no such file in this repository"
     if link.startswith(at["site"]):
         name = path.removeprefix(urlsplit(at["site"]).path) or "index.html"
-        if not (ROOT / "nbs" / name).with_suffix(".ipynb").exists(): return "no notebook of this name"
+        if not (name.startswith(MADE) or (ROOT / "nbs" / name).with_suffix(".ipynb").exists()):
+            return "no notebook of this name"
 
 
 def inside(site: Path, name: str, link: str, pages: dict[str, Page]) -> str | None:
@@ -67,11 +71,14 @@ def survey(site: Path) -> dict:
             count["outside" if away else "inside"] += 1
             if why := outside(link) if away else inside(site, name, link, pages): wrong.append(f"{name}: {link}: {why}")
     local = lambda page: {s for s in page.images if not urlsplit(s).scheme and (site / s).is_file()}
-    sizes = {n: dict(html=(site / n).stat().st_size, with_images=(site / n).stat().st_size + sum((site / s).stat().st_size for s in local(p))) for n, p in pages.items()}
-    return dict(pages=len(pages), links=count, bytes=sum(p.stat().st_size for p in site.rglob("*") if p.is_file()), sizes=sizes, wrong=wrong)
+    size = lambda *names: sum((site / n).stat().st_size for n in names)
+    sizes = {n: dict(html=size(n), with_images=size(n, *local(p))) for n, p in pages.items()}
+    total = sum(p.stat().st_size for p in site.rglob("*") if p.is_file())
+    return dict(pages=len(pages), links=count, bytes=total, sizes=sizes, wrong=wrong)
 
 
 if __name__ == "__main__":
     found = survey(ROOT / "docs" / "site")
-    print(f"{found['pages']} pages, {found['links']['inside']} links inside the site, {found['links']['outside']} out of it, {found['bytes'] / 1e6:.1f} MB")
+    inside, out = found["links"]["inside"], found["links"]["outside"]
+    print(f"{found['pages']} pages, {inside} links inside the site, {out} out of it, {found['bytes'] / 1e6:.1f} MB")
     sys.exit("\n".join(found["wrong"]) or None)

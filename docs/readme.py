@@ -1,7 +1,8 @@
-"""README.md from nbs/index.ipynb: `python docs/readme.py` writes it, `--check` says whether it is in step, `--commands` prints its two set-up commands.
+"""README.md from nbs/index.ipynb: `python docs/readme.py` writes it, `--check` says whether it is in step, `--commands`
+prints its two set-up commands.
 
-Outputs are the committed ones. Hidden cells go, figures go to docs/images. Links are absolute, since the package index shows this text, too:
-notebooks lead to their pages of the site, figures and other files to the repository."""
+Outputs are the committed ones. Hidden cells go, figures go to docs/images. Links are absolute, since the package index
+shows this text, too: notebooks lead to their pages of the site, figures and other files to the repository."""
 import os
 import re
 import sys
@@ -13,9 +14,10 @@ COMMANDS = ["pip install . && qkrestore demo", 'pip install ".[dev]" && pytest']
 
 
 def commands(text: str) -> list[str]:
-    "The lines that set everything up, each in a bash fence of its own. Raises ValueError if they are not exactly those that CI is to run."
+    "The lines that set everything up, each in a bash fence of its own. Raises ValueError unless they are those of CI."
     found = [f for f in re.findall(r"^```bash\n(.*?)\n```$", text, flags=re.M | re.S) if f.startswith("pip ")]
-    if found != COMMANDS: raise ValueError(f"README.md should hold the bash fences {COMMANDS}, each of one line, and has {found}")
+    if found != COMMANDS:
+        raise ValueError(f"README.md should hold the bash fences {COMMANDS}, each of one line, and has {found}")
     return found
 
 
@@ -30,7 +32,8 @@ def readme() -> tuple[str, dict[str, bytes]]:
     for c in cells:
         if c.cell_type == "code": c.metadata["transient"] = {"remove_source": "remove-input" in c.metadata["tags"]}
     nb.cells, nb.metadata["language_info"] = cells, {"name": "python"}
-    text, resources = MarkdownExporter().from_notebook_node(nb, {"unique_key": "index", "output_files_dir": "docs/images"})
+    places = {"unique_key": "index", "output_files_dir": "docs/images"}
+    text, resources = MarkdownExporter().from_notebook_node(nb, places)
     alts = iter([c.metadata["mystnb"]["image"]["alt"] for c in nb.cells if c.cell_type == "code"
                  for o in c.outputs if any(k.startswith("image/") for k in o.get("data", {}))])
     text = re.sub(r"!\[(?:png|svg|jpeg)\]\(docs/images/", lambda m: f"![{next(alts)}](docs/images/", text)
@@ -51,8 +54,9 @@ def main(mode: str | None = None) -> int:
     text, images = readme()
     commands(text)
     if mode == "--check":
-        same = README.is_file() and README.read_text() == text and {p.name: p.read_bytes() for p in IMAGES.glob("*")} == images
-        if not same: print("README.md or docs/images is out of step with nbs/index.ipynb: run `python docs/readme.py`", file=sys.stderr)
+        there = {p.name: p.read_bytes() for p in IMAGES.glob("*")}
+        same = README.is_file() and README.read_text() == text and there == images
+        if not same: print("README.md or docs/images is out of step: run `python docs/readme.py`", file=sys.stderr)
         return 0 if same else 1
     IMAGES.mkdir(exist_ok=True)
     for old in IMAGES.glob("*"): old.unlink()

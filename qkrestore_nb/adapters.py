@@ -8,11 +8,38 @@ import hashlib
 import json
 import math
 import re
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
-from .checkpoints import CheckpointError, check_out, new_folder, pieces, read_config, read_header, write_all
-from .families import heads_of_names, layer_number, places, stretches
-from .in_place import note_head, write_note
+from qkrestore_nb.checkpoints import (
+    CheckpointError,
+    check_out,
+    new_folder,
+    overwrite,
+    pieces,
+    read_config,
+    read_header,
+    read_index,
+    read_json,
+    sha256,
+    watch,
+    write_all,
+)
+from qkrestore_nb.families import (
+    QK,
+    Selection,
+    heads_of_names,
+    layer_number,
+    places,
+    role_of,
+    rows_by_hand,
+    stretches,
+    unwrapped,
+)
+from .in_place import write_result
+from .moves import Mixer
+from .note import Note, Row
 
 # %% ../nbs/11c_adapters.ipynb #b921e77c
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -21,114 +48,281 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 def is_adapter(
     folder: str | Path,  # maybe the folder of an adapter
 ) -> bool:
-    "Whether it holds an adapter and no full model."
+    "Whether it holds an adapter and no full model. A config.json beside it is the base model's."
     folder = Path(folder)
-    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file() and not (folder / "config.json").is_file()
+    full = any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
+    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file() and not full
 
 
 def _module(key: str) -> tuple[str, str]:
     "A tensor's module in the base model, and what it is there."
-    m = re.fullmatch(r"(?:base_model\.model\.)?(.+?)\.(lora_\w+(?:\..*)?|(?:modules_to_save\.)?(?:\w+\.)?(?:weight|bias))", key)
-    return (m[1], m[2]) if m else (key, "")
+    m = re.fullmatch(
+        r"(?:base_model\.model\.)?(.+?)\.((?:base_layer\.)*lora_\w+(?:\..*)?|(?:modules_to_save\.)?(?:base_layer\.)*(?:weight|bias))",
+        unwrapped(key),
+    )
+    return (m[1], m[2].replace("base_layer.", "").replace("modules_to_save.", "")) if m else (key, "")
 
-
-def _chosen(config: dict, keys, layers, projections, mla, tensors) -> dict[str, dict]:
-    "Module -> the move that concerns it, for the modules that the adapter has."
+# %% ../nbs/11c_adapters.ipynb #88f28562
+def _chosen(config: dict, keys, s: Selection) -> dict[str, list[dict]]:
+    "Module -> the moves that concern it (of a fused matrix there are several), for the modules that the adapter has."
     modules = {_module(k)[0] for k in keys}
-    if tensors is not None:
-        numbers = None if isinstance(layers, str) else list(layers)
-        return {m: dict(role="", part=m, name=m) for m in modules if re.search(tensors, m + ".weight") and (numbers is None or layer_number(m) in numbers)}
-    found = {}
-    for layer, role, options in places(config, layers, projections, mla):
-        for part in {p for some in options for p in some}:
-            fits = re.compile("(?:" + "|".join(map(re.escape, heads_of_names)) + ")" + re.escape(part).replace(r"\*", r"\d+"))
-            found |= {m: dict(layer=layer, role=role, part=m.split(".layers.")[-1].split(".", 1)[1] + ".weight", name=m) for m in modules if fits.fullmatch(m)}
+    if s.tensors is not None:
+        hits = (
+            m
+            for m in modules
+            if re.search(s.tensors, m + ".weight") and (s.numbers is None or layer_number(m) in s.numbers)
+        )
+        return {m: [dict(role=role_of(m + ".weight"), part=m, name=m, layer=layer_number(m))] for m in hits}
+    found: dict[str, list[dict]] = {}
+    for layer, role, options in places(config, s):
+        for part in sorted({p for some in options for p in some}):
+            fits = re.compile(
+                "(?:" + "|".join(map(re.escape, heads_of_names)) + ")" + re.escape(part).replace(r"\*", r"\d+")
+            )
+            for m in filter(fits.fullmatch, modules):
+                found.setdefault(m, []).append(
+                    dict(layer=layer, role=role, part=m.split(".layers.")[-1].split(".", 1)[1] + ".weight", name=m)
+                )
     return found
 
+
+def _spans(config: dict, moves: list[dict], shape: list[int], s: Selection) -> list[tuple[int, int]]:
+    "The numbers of a tensor with the rows of a module (its weight, B, a bias) that are chosen."
+    if s.tensors is not None:
+        return rows_by_hand(config, moves[0]["name"], shape, s.rows)
+    found = sorted(span for m in moves for span in stretches(config, m, shape, s.query_heads))
+    return (
+        found
+        if len(found) == 1 or found[0][1] < found[1][0]
+        else [(found[0][0], found[-1][1])]
+        if all(a[1] == b[0] for a, b in zip(found, found[1:], strict=False))
+        else found
+    )
+
 # %% ../nbs/11c_adapters.ipynb #0e2dad3b
-def _write_without(source: Path, target: Path, drop: set[str], zero: dict[str, list]) -> None:
-    "A copy of a safetensors file without some tensors, and with zeros in some stretches (in bytes of the tensor) of others."
+def _write_without(source: Path, target: Path, drop: set[str], zero: dict[str, list], renamed: dict[str, str]) -> None:
+    """A copy of a safetensors file without some tensors, and with zeros in some stretches (in bytes of the tensor) of
+    others."""
     tensors = read_header(source)
-    with open(source, "rb") as f: meta = json.loads(f.read(int.from_bytes(f.read(8), "little"))).get("__metadata__")
+    with open(source, "rb") as f:
+        meta = json.loads(f.read(int.from_bytes(f.read(8), "little"))).get("__metadata__")
     header, at = {"__metadata__": meta} if meta else {}, 0
     stay = sorted((n for n in tensors if n not in drop), key=lambda n: tensors[n]["start"])
     for n in stay:
         size = tensors[n]["end"] - tensors[n]["start"]
-        header[n] = dict(dtype=tensors[n]["dtype"], shape=tensors[n]["shape"], data_offsets=[at, at + size])
+        header[renamed.get(n, n)] = dict(
+            dtype=tensors[n]["dtype"], shape=tensors[n]["shape"], data_offsets=[at, at + size]
+        )
         at += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(target, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for n in stay:
-            for piece in pieces(tensors[n]): f.write(piece)
+            for piece in pieces(tensors[n]):
+                f.write(piece)
         f.flush()
         for n, spans in zero.items():
-            for start, stop in spans: write_all(f.fileno(), bytes(stop - start), 8 + len(text) + header[n]["data_offsets"][0] + start)
+            for start, stop in spans:
+                write_all(
+                    f.fileno(),
+                    bytes(stop - start),
+                    8 + len(text) + header[renamed.get(n, n)]["data_offsets"][0] + start,
+                )
+
+# %% ../nbs/11c_adapters.ipynb #f8529627
+_no_weights = (
+    "PROMPT_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "ADAPTION_PROMPT",
+    "CPT",
+    "TRAINABLE_TOKENS",
+    "LN_TUNING",
+)
+
+
+def _adapter_config(post: Path) -> dict:
+    "Of an adapter that can be restored. Raises CheckpointError for kinds that cannot."
+    config = read_json(post / CONFIG)
+    kind = str(config.get("peft_type")).upper()
+    if kind in _no_weights:
+        raise CheckpointError(
+            f"{post} is an adapter of type {kind}, which leaves W_Q and W_K as they are: there is nothing to restore"
+        )
+    if kind != "LORA":
+        raise CheckpointError(
+            f"{post} is an adapter of type {kind}, not LoRA: merge it into its base model first (peft's "
+            f"merge_and_unload)"
+        )
+    if config.get("layer_replication"):
+        raise CheckpointError(
+            f"{post} makes copies of layers (layer_replication), so that its layers are not the base model's: merge "
+            f"it first (merge_and_unload)"
+        )
+    return config
 
 
 def _without_modules(config: dict, modules: list[str]) -> dict:
     "The adapter's config, told not to make these modules again."
     old = config.get("exclude_modules")
-    new = f"(?:{old})|" + "|".join(map(re.escape, modules)) if isinstance(old, str) else sorted({*(old or []), *modules})
+    new = (
+        f"(?:{old})|" + "|".join(map(re.escape, modules)) if isinstance(old, str) else sorted({*(old or []), *modules})
+    )
     return config | {"exclude_modules": new}
 
 
+def _is_base(config: dict, pre: Path, name: str) -> bool:
+    "Whether the adapter says nothing else than that pre is its base model."
+    said = str(config.get("base_model_name_or_path") or "").rstrip("/").rpartition("/")[2]
+    return not said or said in (pre.name, pre.resolve().name, Path(name.partition("@")[0]).name)
+
+# %% ../nbs/11c_adapters.ipynb #9ae17599
+def _sorted_out(
+    base: dict, adapter: dict, keys: dict, s: Selection, post: Path
+) -> tuple[set[str], dict[str, list], dict[str, list], set[str]]:
+    """Tensors to leave out, rows (in bytes of the tensor) to set to zero, rows that pre's take the place of, and
+    modules of which nothing stays."""
+    moves, drop, zero, gone = _chosen(base, keys, s), set(), {}, set()
+    whole: dict[str, list] = {}
+    of_module: dict[str, dict[str, str]] = {}
+    for key in keys:
+        of_module.setdefault(_module(key)[0], {})[key] = _module(key)[1]
+    for module, its in ((m, of_module[m]) for m in moves):
+        mine = {
+            k: what for k, what in its.items() if what != "bias"
+        }  # the projection's own bias stays post's, as in full checkpoints
+        rows = {k: keys[k] for k, what in mine.items() if what.startswith(("lora_B", "lora_magnitude"))}
+        if "weight" in mine.values():  # trained as a whole: peft wants to find it, so it becomes pre's
+            key = next(k for k, what in mine.items() if what == "weight")
+            whole[key] = _spans(base, moves[module], keys[key]["shape"], s)
+            continue
+        spans = {
+            k: _spans(base, moves[module], t["shape"] if len(t["shape"]) > 1 else [t["shape"][0], 1], s)
+            for k, t in rows.items()
+            if t["shape"]
+        }
+        if all(found == [(0, math.prod(rows[k]["shape"]))] for k, found in spans.items()):
+            drop |= mine.keys()
+            gone |= {module} if mine else set()
+            continue
+        if any("lora_magnitude" in what for what in mine.values()):
+            raise CheckpointError(
+                f"{module} is a DoRA module of which only some rows are chosen: merge the adapter into its base "
+                f"model first (peft's merge_and_unload)"
+            )
+        if str(adapter.get("init_lora_weights")).lower() not in (
+            "true",
+            "false",
+            "none",
+            "gaussian",
+            "eva",
+            "orthogonal",
+        ):
+            raise CheckpointError(
+                f"the adapter begins from the base model's own weights "
+                f"(init_lora_weights={adapter['init_lora_weights']}), and of {module} only some rows are chosen: "
+                f"merge it first (merge_and_unload)"
+            )
+        for k, found in spans.items():
+            size = (keys[k]["end"] - keys[k]["start"]) // max(1, math.prod(keys[k]["shape"]))
+            zero[k] = [(a * size, b * size) for a, b in found]
+    if not drop and not zero and not whole:
+        raise CheckpointError(f"{post} adds nothing to these projections of these layers: there is nothing to restore")
+    return drop, zero, whole, gone
+
+# %% ../nbs/11c_adapters.ipynb #66c9e21d
+def _from_pre(file: Path, key: str, spans: list, pre: dict) -> Row:
+    "Write pre's numbers over rows of a module that the adapter has trained as a whole."
+    module, target = _module(key)[0], read_header(file)[key]
+    tail = f"layers.{module.split('layers.')[-1]}.weight"
+    hits = [n for n in (f"{module}.weight",) if n in pre] or [n for n in pre if n.endswith("." + tail) or n == tail]
+    if len(hits) != 1 or pre[hits[0]]["shape"] != target["shape"]:
+        raise CheckpointError(
+            f"pre has no tensor {module}.weight of shape {target['shape']}: is it the base model of this adapter?"
+        )
+    source = pre[hits[0]]
+
+    def size(t):
+        return (t["end"] - t["start"]) // max(1, math.prod(t["shape"]))
+
+    there, here = (
+        t | dict(spans=[(t["start"] + a * size(t), t["start"] + b * size(t)) for a, b in spans])
+        for t in (target, source)
+    )
+    before, mix = (
+        sha256(there),
+        None if source["dtype"] == target["dtype"] else Mixer(source["dtype"], target["dtype"], 1.0),
+    )
+    after, part = overwrite(there, here, mix), spans != [(0, math.prod(target["shape"]))]
+    inside = [(a - target["start"], b - target["start"]) for a, b in there["spans"]]
+    return Row(
+        key,
+        target["dtype"],
+        target["shape"],
+        sum(b - a for a, b in inside),
+        before,
+        after,
+        layer_number(module),
+        role_of(module + ".weight"),
+        inside if part else None,
+        source["dtype"] if mix else None,
+    )
+
+# %% ../nbs/11c_adapters.ipynb #bddf5373
 def restore_adapter(
-    pre: str | Path,    # the checkpoint that the adapter was trained on
-    post: str | Path,   # the adapter's folder
-    out: str | Path,    # where the result shall be; must not exist
-    layers: str | list[int] = "softmax",  # as in `qk_restore`
-    projections: str = "qk",
-    heads: list[int] | None = None,
-    include: str = "",
-    mla: str | None = None,
-    tensors: str | None = None,
-    names: tuple = (),  # what to call pre and post in the note
+    pre: str | Path,  # the checkpoint that the adapter was trained on
+    post: str | Path,  # the adapter's folder
+    out: str | Path,  # where the result shall be; must not exist
+    selection: Selection = QK,
+    *,
+    names: Sequence[str] = (),  # what to call pre and post in the note
 ) -> Path:
-    "An adapter without what it adds to Q and K of the softmax layers. Raises CheckpointError where it adds nothing there, or nothing else."
+    """An adapter without what it adds to Q and K of the softmax layers. Raises CheckpointError where it adds nothing
+    there, or nothing else."""
     pre, post, out = Path(pre), Path(post), Path(out)
-    if include: raise CheckpointError("an adapter adds to weights: include= has nothing to choose from")
-    try: config = json.loads((post / CONFIG).read_text())
-    except ValueError as e: raise CheckpointError(f"{post / CONFIG} is not valid JSON ({e}): save it again") from e
-    if not isinstance(config, dict) or str(config.get("peft_type")).upper() != "LORA":
-        raise CheckpointError(f"{post} is an adapter of type {config.get('peft_type') if isinstance(config, dict) else None}, not LoRA: merge it into its base model first (peft's merge_and_unload)")
-    base = read_config(pre)
-    keys = read_header(post / WEIGHTS)
-    try: moves = _chosen(base, keys, layers, projections, mla, tensors)
-    except CheckpointError: raise
-    except (ValueError, TypeError, re.error) as e: raise CheckpointError(str(e)) from e
-    drop, zero, gone = set(), {}, set()
-    for key, t in keys.items():
-        module, what = _module(key)
-        if module not in moves or what.endswith("bias") and not what.startswith("lora_"): continue
-        spans = [(0, 1)]
-        if what.startswith("lora_B"):
-            try: spans = stretches(base, moves[module], t["shape"], heads)
-            except ValueError as e: raise CheckpointError(str(e)) from e
-        whole = all(_whole(base, moves[module], other["shape"], heads) for k, other in keys.items() if _module(k)[0] == module and "lora_B" in k)
-        if whole:
-            drop.add(key)
-            gone.add(module)
-        elif "lora_magnitude" in what: raise CheckpointError(f"{module} is a DoRA module of which only some rows are Q: merge the adapter into its base model first (peft's merge_and_unload)")
-        elif what.startswith("lora_B"):
-            size = (t["end"] - t["start"]) // max(1, math.prod(t["shape"]))
-            zero[key] = [(a * size, b * size) for a, b in spans]
-    if not drop and not zero: raise CheckpointError(f"{post} adds nothing to these projections of these layers: there is nothing to restore")
-    if len(drop) == len(keys): raise CheckpointError(f"{post} adds to nothing else: restored, it would be {pre} itself")
+    unchanged = watch(pre, post)
+    names = names or (str(pre), str(post))
+    if selection.include:
+        raise CheckpointError("an adapter adds to weights: include= has nothing to choose from")
+    config, base, keys = _adapter_config(post), read_config(pre), read_header(post / WEIGHTS)
+    if not _is_base(config, pre, names[0]):
+        warnings.warn(
+            f"{post} says that it was trained on {config['base_model_name_or_path']}, and pre is {names[0]}: are "
+            f"they the same?",
+            stacklevel=3,
+        )
+    drop, zero, whole, gone = _sorted_out(base, config, keys, selection, post)
+    if len(drop) + len(whole) == len(keys):
+        raise CheckpointError(f"{post} adds to nothing else: restored, it would be {pre} itself")
+    if not any("lora_" in _module(k)[1] for k in keys.keys() - drop):
+        raise CheckpointError(
+            f"nothing would be left of LoRA in {post}, and peft loads no such adapter: merge it into its base model "
+            f"first (merge_and_unload)"
+        )
     check_out(out, pre, post)
+    renamed = {k: k.replace("base_layer.bias", "bias") for k in keys if _module(k)[0] in gone and k not in drop}
     with new_folder(post, out) as part:
-        _write_without(post / WEIGHTS, part / WEIGHTS, drop, zero)
-        if gone: (part / CONFIG).write_text(json.dumps(_without_modules(config, sorted(gone)), indent=2) + "\n")
-        digest = hashlib.sha256()
+        _write_without(post / WEIGHTS, part / WEIGHTS, drop, zero, renamed)
+        if gone:
+            (part / CONFIG).write_text(json.dumps(_without_modules(config, sorted(gone)), indent=2) + "\n")
+        rows = [_from_pre(part / WEIGHTS, key, spans, read_index(pre)) for key, spans in sorted(whole.items())]
         with open(part / WEIGHTS, "rb") as f:
-            while piece := f.read(1 << 20): digest.update(piece)
-        head = note_head("QK-Restore, arXiv 2606.11052, on an adapter: what it adds to these modules is left out", *(names or (pre, post)), layers)
-        note = head | dict(projections=projections, left_out=sorted(drop), zeroed={k: v for k, v in sorted(zero.items())}, sha256={WEIGHTS: digest.hexdigest()})
-        write_note(part, json.dumps(note, indent=1) + "\n")
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
+        unchanged()
+        method = "QK-Restore, arXiv 2606.11052, on an adapter: what it adds to these modules is left out"
+        write_result(
+            part,
+            Note(
+                method,
+                names[0],
+                names[1],
+                selection,
+                rows,
+                left_out=sorted(drop),
+                zeroed=dict(sorted(zero.items())),
+                sha256={WEIGHTS: digest},
+            ),
+        )
     return out
-
-
-def _whole(config: dict, move: dict, shape: list[int], heads) -> bool:
-    try: return stretches(config, move, shape, heads) == [(0, math.prod(shape))]
-    except ValueError as e: raise CheckpointError(str(e)) from e

@@ -10,8 +10,6 @@ import io
 import json
 import os
 import re
-import shutil
-import tempfile
 import time
 from math import sqrt
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING: from matplotlib.figure import Figure  # imported with matplotlib only where one is drawn
 
-from .checkpoints import CheckpointError
+from .checkpoints import CheckpointError, scratch
 from .core import colors, plot_style, provenance, wilson
 from .finetune import json_lines
 
@@ -66,12 +64,12 @@ def _ours(tokenizer) -> bool: return {"QM", "DOT", "k127"} <= tokenizer.get_voca
 
 def _asked_in_words(model, lengths, haystacks, seed, tell):
     "The tests of chapter 4: test -> tokens -> {correct, n, each}."
-    from qkrestore_nb.recall import recall_test, right
+    from qkrestore_nb.recall import recall_test, score
     out = {}
     for kind, questions in (("S2", 1), ("S3", 1), ("MK", 8), ("MF", 8)):
         for T in lengths:
             tell(f"{kind} at {T:,} tokens")
-            ok = right(model, recall_test(kind, haystacks, T, questions, seed), rows=max(1, 8192 // T))
+            ok = score(model, recall_test(kind, haystacks, T, questions, seed), max(1, 8192 // T)).exact
             out.setdefault(kind, {})[str(T)] = dict(correct=int(ok.sum()), n=ok.size, each=[[int(row.sum()), row.size] for row in ok])
     return out
 
@@ -151,9 +149,10 @@ def audit(
         if (Path(folder) / "adapter_config.json").exists(): raise CheckpointError(f"{name} {folder} is an adapter: merge it into its base first (peft's merge_and_unload) and audit the result")
     tell("drift")
     drift, scores, solved = _drifts(pre, post), {}, {}
-    with tempfile.TemporaryDirectory(dir=Path(post).resolve().parent, prefix=".audit-") as work:
+    with scratch(Path(post).resolve().parent / "audit") as work:
         tell("the restore")
-        restored = qk_restore(pre, post, out=Path(work) / "restored")
+        (work / "new").mkdir()
+        restored = qk_restore(pre, post, out=work / "new" / "restored")
         for name, folder in (("pre", pre), ("post", post), ("restored", restored)):
             model, tokenizer = load(folder, max(lengths), device, trust_remote_code=trust_remote_code)
             say = lambda text: tell(f"{name}: {text}")

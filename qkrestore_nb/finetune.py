@@ -4,33 +4,42 @@
 __all__ = ['json_lines', 'read_chats', 'encode_chat', 'packed_rows', 'summed_loss', 'training_needs', 'finetune']
 
 # %% ../nbs/13a_finetune.ipynb #557cb9da
+import hashlib
 import json
 import math
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from itertools import islice
 from pathlib import Path
 
-from .checkpoints import CheckpointError
+from .checkpoints import CheckpointError, _sync, locked, read_json, weight_files, write_whole
 from .core import pick_profile, provenance
 
 # %% ../nbs/13a_finetune.ipynb #443e7a2f
 def json_lines(
     file: str | Path,
+    most: int = 10_000_000,  # bytes a line: a book has a million
 ) -> Iterator[tuple[str, object]]:
     "Where each line stands, in words, and what it holds; empty lines are passed over. Raises CheckpointError with the number of a line that is no JSON."
-    try: lines = open(file, encoding="utf-8")
+    try: lines = open(file, "rb")
     except OSError as e: raise CheckpointError(f"{file} cannot be read: {e.strerror}") from e
     with lines:
-        for number, line in enumerate(lines, 1):
+        number = 0
+        while line := lines.readline(most + 1):
+            number, where = number + 1, f"{file}, line {number + 1}"
+            if len(line) > most: raise CheckpointError(f"{where} has more than {most / 1e6:g} MB: is it one conversation a line?")
             if not line.strip(): continue
-            where = f"{file}, line {number}"
-            try: row = json.loads(line)
-            except ValueError as e: raise CheckpointError(f"{where} is not JSON ({e}): mend or remove it") from e
+            try:
+                row = json.loads(line.decode())
+                if b"\\u" in line: json.dumps(row, ensure_ascii=False).encode()  # half a character, as in "\\ud800", is no text
+            except (ValueError, RecursionError) as e:
+                raise CheckpointError(f"{where} is not JSON ({' '.join(str(e).split())[:80]}): mend or remove it") from e
             yield where, row
 
 
@@ -61,11 +70,15 @@ def encode_chat(
         return ids, labels
     @cache
     def upto(n, prompt): return tokenizer.apply_chat_template(messages[:n], add_generation_prompt=prompt, return_dict=True)["input_ids"]
+    def said_from(i):  # where the words of message i begin, behind what the template asks an assistant with
+        if i: return len(upto(i, True))
+        whole, prompt = upto(1, False), upto(1, True)[len(upto(1, False)):]  # there is no empty conversation to ask
+        return next((j + len(prompt) for j in range(len(whole)) if prompt and whole[j:j + len(prompt)] == prompt), 0)
     ids = upto(len(messages), False)
     labels = [-100] * len(ids)
     for i, m in enumerate(messages):
         if m["role"] != "assistant": continue
-        a, b = len(upto(i, True)), len(upto(i + 1, False))
+        a, b = said_from(i), len(upto(i + 1, False))
         labels[a:b] = ids[a:b]
     return ids, labels
 
@@ -144,9 +157,16 @@ def _run_folder(out: Path, recipe: dict) -> Path:
     run = out.with_name(out.name + ".run")
     if os.path.lexists(out): raise CheckpointError(f"{out} exists: choose a name that is free")
     if not out.resolve().parent.is_dir(): raise CheckpointError(f"there is no folder {out.resolve().parent} to put {out.name} into: make it first")
-    note = run / "recipe.json"
-    if note.exists() and json.loads(note.read_text()) != json.loads(json.dumps(recipe)):
-        raise CheckpointError(f"{run} holds a run with other settings: repeat them, choose another name, or remove it")
+    if not os.path.lexists(run): return run
+    if run.is_symlink() or run.stat().st_uid != os.geteuid():
+        raise CheckpointError(f"{run} is not a folder of yours, and a run goes on from what lies in it: choose another name, or remove it")
+    try: note = read_json(run / "recipe.json")
+    except FileNotFoundError: return run
+    except CheckpointError as e: raise CheckpointError(f"{e}; or remove {run}, and begin anew") from e
+    old, new = note | {"data_sha256": 0}, json.loads(json.dumps(recipe)) | {"data_sha256": 0}
+    if old != new: raise CheckpointError(f"{run} holds a run with other settings: repeat them, choose another name, or remove it")
+    if note.get("data_sha256") != recipe["data_sha256"]:
+        raise CheckpointError(f"{run} holds a run on another {recipe['data']}, which was changed since: bring the old one back, or remove the run")
     return run
 
 
@@ -169,6 +189,31 @@ def _latest(run: Path) -> Path | None:
     "The newest complete state of a run."
     return max((p for p in run.glob("state-*") if (p / "done.json").exists()), key=lambda p: int(p.name[6:]), default=None)
 
+# %% ../nbs/13a_finetune.ipynb #0b13a001
+def _looked_through(data, tokenizer, T: int, first: int = 1000) -> dict:
+    "How many of the first conversations are longer than a row, with a warning; CheckpointError where no token of the whole file would have weight."
+    seen = cut = lost = weight = 0
+    for messages in read_chats(data):
+        ids, labels = encode_chat(tokenizer, messages)
+        seen, cut, lost = seen + 1, cut + (len(ids) > T), lost + max(0, len(ids) - T)
+        weight += sum(y >= 0 for y in labels[1:T])
+        if seen >= first and weight: break
+    if not weight: raise CheckpointError(f"{data} has no word of an assistant within the first {T} tokens of any conversation: there is nothing to learn from it")
+    if cut: warnings.warn(f"{cut} of the first {seen} conversations are longer than {T} tokens: what stands behind is cut off, {lost} tokens", stacklevel=3)
+    return dict(conversations=seen, longer=cut, tokens_cut=lost)
+
+
+@contextmanager
+def _held(run: Path, recipe: dict):
+    "The folder of a run, which nobody else uses meanwhile; what stops says how to go on."
+    run.mkdir(exist_ok=True)
+    with locked(run, f"another run is at work in {run}: wait until it is done, or choose another name"):
+        write_whole(run / "recipe.json", [json.dumps(recipe, indent=1).encode()])
+        try: yield
+        except BaseException as e:
+            if not isinstance(e, CheckpointError): e.add_note(f"the same command goes on from {s.name.replace('-', ' ')}" if (s := _latest(run)) else "no state was saved yet")
+            raise
+
 # %% ../nbs/13a_finetune.ipynb #666617c6
 def finetune(
     checkpoint: str | Path,  # pre: a folder or a hub id
@@ -190,84 +235,128 @@ def finetune(
     import torch
     try: from accelerate.utils import set_seed
     except ImportError as e: raise CheckpointError('accelerate is missing: pip install "qkrestore_nb[train]"') from e
-    from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_with_min_lr_schedule_with_warmup
-    from qkrestore_nb.hypenet import HypeNetForCausalLM, compile_layers
-    from qkrestore_nb.linear_attention import pick_backend
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from qkrestore_nb.scale import _config
     found = _config(checkpoint, trust_remote_code)
     kept = found.dtype or torch.float32  # out has the format that pre has, so that one can be restored from the other
     cuda = torch.cuda.is_available()
     dtype = dtype or pick_profile().dtype
     accelerator, out = _accelerator(dtype), Path(out)
-    world, me = accelerator.num_processes, accelerator.process_index
+    world = accelerator.num_processes
     for name, value, least in (("steps", steps, 1), ("rows", rows, 1), ("every", every, 1), ("T", T, 2)):
         if value < least: raise CheckpointError(f"{name} is {value}: it must be at least {least}")
     if rows % world: raise CheckpointError(f"{rows} rows a step cannot be dealt to {world} processes: choose a multiple of {world}")
     if not sum(1 for _ in read_chats(data)): raise CheckpointError(f"{data} holds no conversation")  # a broken line is better found now than tonight
-    recipe = dict(checkpoint=str(checkpoint), data=str(data), steps=steps, T=T, rows=rows, lr=lr, rank=rank, seed=seed)
+    if Path(checkpoint).is_dir(): weight_files(checkpoint)  # pickled weights are told, not opened
+    with open(data, "rb") as f: digest = hashlib.file_digest(f, "sha256").hexdigest()
+    recipe = dict(checkpoint=str(checkpoint), data=str(data), data_sha256=digest, steps=steps, T=T, rows=rows, lr=lr, rank=rank, seed=seed)
     run = _run_folder(out, recipe)
     at_once = _rows_at_once(found, T, rows // world, world, rank, out, cuda)
     at_once = int(accelerator.gather(torch.tensor([at_once], device=accelerator.device)).min())  # the same on every card, and all have looked before one writes
-    if accelerator.is_main_process:
-        run.mkdir(exist_ok=True)
-        (run / "recipe.json").write_text(json.dumps(recipe, indent=1))
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
-    set_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype) if rank and cuda else torch.float32, trust_remote_code=trust_remote_code)
-    config = model.config
-    if rank:
-        from peft import LoraConfig, get_peft_model
-        model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"))
-    model.train()
-    plain = model.base_model.model if rank else model
-    getattr(plain, "activation_checkpointing_enable", plain.gradient_checkpointing_enable)(dict(use_reentrant=False))  # its name from transformers 5.24 on
-    if cuda and isinstance(plain, HypeNetForCausalLM): compile_layers(plain, whole=pick_backend(T, accelerator.device)[0] == "triton")
-    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, betas=(.9, .95), weight_decay=0., fused=cuda)
-    model, opt = accelerator.prepare(model, opt)
-    schedule = get_cosine_with_min_lr_schedule_with_warmup(opt, max(1, steps * 3 // 100), steps, min_lr_rate=.1)
-    accelerator.register_for_checkpointing(schedule)
-    start, log = 0, []
-    if state := _latest(run):
-        accelerator.load_state(str(state))
-        done = json.loads((state / "done.json").read_text())
-        start, log = done["step"], done["log"]
-    def stream():
-        while True: yield from packed_rows(read_chats(data), tokenizer, T)
-    mine = islice(stream(), start * rows + me, None, world)  # the rows of the steps that are done are passed over
-    reader = ThreadPoolExecutor(1)
-    coming = reader.submit(lambda: list(islice(mine, rows // world)))
-    for step in range(start + 1, steps + 1):
-        then, share = time.perf_counter(), coming.result()
-        if step < steps: coming = reader.submit(lambda: list(islice(mine, rows // world)))  # text becomes tokens while the card is busy
-        tokens = accelerator.reduce(torch.tensor(float(sum(sum(y >= 0 for y in r["labels"][1:]) for r in share)), device=accelerator.device))
-        total = 0.
-        for i in range(0, len(share), at_once):  # gradients are summed over the cards after each of these: kept whole until the last, they would fill every card
-            with accelerator.autocast(): loss = summed_loss(model, share[i:i + at_once])[0] * world / tokens.clamp(min=1)  # gradients are averaged over cards
-            accelerator.backward(loss)
-            total += loss.detach() / world
-        accelerator.clip_grad_norm_(model.parameters(), 1.)
-        opt.step(), schedule.step(), opt.zero_grad()
-        loss = float(accelerator.reduce(total))
-        if not math.isfinite(loss): raise CheckpointError(f"the loss is {loss} at step {step}: the last saved state is kept; go on from it with a smaller lr in another folder")
-        log.append(dict(step=step, loss=loss, seconds=round(time.perf_counter() - then, 4), tokens_per_s=round(rows * T / (time.perf_counter() - then))))
-        if look and accelerator.is_main_process: look(step, loss)
-        if step % every == 0 and step < steps: _keep(accelerator, run, step, log)
-    return _finish(accelerator, model, config, kept, tokenizer, run, out, rank, recipe | dict(rows_at_once=at_once), log)
+    cut = _looked_through(data, tokenizer, T)
+    with _held(run, recipe) if accelerator.is_main_process else nullcontext():
+        set_seed(seed)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype) if rank and cuda else torch.float32,
+                                                     trust_remote_code=trust_remote_code, use_safetensors=True)
+        config = model.config
+        model, opt = _prepared(accelerator, model, T, lr, rank)
+        def stream():
+            while True: yield from packed_rows(read_chats(data), tokenizer, T)
+        log = _steps(accelerator, model, opt, stream, run, steps, rows, T, at_once, every, look)
+        note = recipe | dict(rows_at_once=at_once, cut=cut)
+        return _finish(accelerator, model, config, kept, tokenizer, run, out, rank, note, log)
 
-# %% ../nbs/13a_finetune.ipynb #5745f062
-def _keep(accelerator, run: Path, step: int, log: list):
+# %% ../nbs/13a_finetune.ipynb #0b13a003
+def _local(t):
+    "What this process holds of a tensor that may be sharded."
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
+def _buffers(inner) -> dict:
+    "Buffers that a checkpoint of the model has as well."
+    saved = inner.state_dict().keys()
+    return {n: _local(b) for n, b in inner.named_buffers() if n in saved}
+
+
+def _state(accelerator, model, opt) -> dict:
+    "Name -> what this process must keep to go on: trained weights and buffers, moments, and the random numbers' place. The tensors are those at work."
+    from torch import is_tensor
+    inner, optimizer = accelerator.unwrap_model(model), getattr(opt, "optimizer", opt)
+    trained = {n: p for n, p in inner.named_parameters() if p.requires_grad}
+    found = {f"weight/{n}": _local(p.data) for n, p in trained.items()}
+    found |= {f"buffer/{n}": b for n, b in _buffers(inner).items()}
+    found |= {f"moment/{k}/{n}": _local(v) for n, p in trained.items() for k, v in optimizer.state.get(p, {}).items() if is_tensor(v)}
+    return found
+
+
+def _part(accelerator, model) -> int:
+    "Whose file this process reads: its own where weights are sharded, else that of the first."
+    return accelerator.process_index if any(hasattr(p, "to_local") for p in model.parameters()) else 0
+
+
+def _keep(accelerator, model, opt, run: Path, step: int, log: list):
     "Save the state of a run, then forget the one before."
-    folder = run / f"state-{step}"
-    accelerator.save_state(str(folder))
+    import torch
+    from safetensors.torch import save_file
+    folder, me = run / f"state-{step}", accelerator.process_index
+    folder.mkdir(exist_ok=True)
+    if _part(accelerator, model) == me: save_file({k: t.detach().contiguous() for k, t in _state(accelerator, model, opt).items()}, folder / f"part-{me}.safetensors")
+    random = dict(cpu=torch.get_rng_state()) | (dict(cuda=torch.cuda.get_rng_state()) if torch.cuda.is_available() else {})
+    save_file(random, folder / f"random-{me}.safetensors")
+    for file in folder.glob(f"*-{me}.safetensors"): _sync(file)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        old = [p for p in run.glob("state-*") if p != folder]
-        (folder / "done.part").write_text(json.dumps(dict(step=step, log=log)))
-        (folder / "done.part").rename(folder / "done.json")
-        for p in old: shutil.rmtree(p, ignore_errors=True)
+        scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
+        done = dict(step=step, log=log, processes=accelerator.num_processes, scaler=scaler)
+        write_whole(folder / "done.json", [json.dumps(done).encode()])
+        for p in run.glob("state-*"):
+            if p != folder: shutil.rmtree(p, ignore_errors=True)
     accelerator.wait_for_everyone()
 
+# %% ../nbs/13a_finetune.ipynb #0b13a004
+def _resume(accelerator, model, opt, folder: Path) -> tuple[int, list]:
+    "Fill model and optimiser from a state; returns its step and log. Raises CheckpointError for a state that is not one of this run."
+    import torch
+    from safetensors.torch import load_file
+    me, part = accelerator.process_index, _part(accelerator, model)
+    anew = f"remove {folder.parent} and begin anew"
+    done = read_json(folder / "done.json")
+    if not isinstance(done.get("step"), int) or not isinstance(done.get("log"), list) or not (folder / f"part-{part}.safetensors").is_file():
+        raise CheckpointError(f"{folder} is not a state that this version can go on from: {anew}")
+    if done.get("processes") != accelerator.num_processes:
+        raise CheckpointError(f"{folder} was saved by {done.get('processes')} processes, and these are {accelerator.num_processes}: start as many, or {anew}")
+    try: kept, random = (load_file(folder / f) for f in (f"part-{part}.safetensors", f"random-{me}.safetensors"))
+    except Exception as e: raise CheckpointError(f"{folder} is damaged ({' '.join(str(e).split())[:80]}): {anew}") from e  # safetensors has an error of its own
+    _fill(accelerator, model, opt, kept, CheckpointError(f"{folder} holds other tensors than this model has: {anew}"))
+    torch.set_rng_state(random["cpu"])
+    if torch.cuda.is_available() and "cuda" in random: torch.cuda.set_rng_state(random["cuda"])
+    if accelerator.scaler and done.get("scaler"): accelerator.scaler.load_state_dict(done["scaler"])
+    return done["step"], done["log"]
 
+
+def _fill(accelerator, model, opt, kept: dict, wrong: CheckpointError) -> None:
+    "Weights, buffers and moments of a state into those at work."
+    import torch
+    inner, optimizer = accelerator.unwrap_model(model), getattr(opt, "optimizer", opt)
+    trained = {n: p for n, p in inner.named_parameters() if p.requires_grad}
+    moments: dict[str, dict] = {n: {} for n in trained}
+    for key in [k for k in kept if k.startswith("moment/")]:
+        _, what, name = key.split("/", 2)
+        if name not in trained: raise wrong
+        p, value = trained[name], kept.pop(key)
+        if value.ndim: moments[name][what] = torch.zeros_like(p)  # sharded as the weight is
+        else: moments[name][what] = value.to(p.device if optimizer.defaults["fused"] else "cpu")
+        if value.shape != _local(moments[name][what]).shape: raise wrong
+        if value.ndim: _local(moments[name][what]).copy_(value)
+    here = {f"weight/{n}": _local(p.data) for n, p in trained.items()} | {f"buffer/{n}": b for n, b in _buffers(inner).items()}
+    if here.keys() != kept.keys() or any(here[k].shape != t.shape for k, t in kept.items()): raise wrong
+    with torch.no_grad():
+        for k, t in kept.items(): here[k].copy_(t)
+    for n, p in trained.items(): optimizer.state[p] = moments[n]
+    for group in optimizer.param_groups: group.setdefault("initial_lr", optimizer.defaults["lr"])
+
+# %% ../nbs/13a_finetune.ipynb #0b13a005
 def _finish(accelerator, model, config, dtype, tokenizer, run, out, rank, recipe, log) -> Path:
     "Write out from what the cards hold, under its name only when complete; the folder of the run goes."
     import torch
@@ -284,7 +373,58 @@ def _finish(accelerator, model, config, dtype, tokenizer, run, out, rank, recipe
         inner.save_pretrained(part, state_dict={k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()})
         tokenizer.save_pretrained(part)
         (part / "finetune.json").write_text(json.dumps(dict(**provenance(**recipe), processes=accelerator.num_processes, peak_gpu_gb=peak, log=log), indent=1))
+        for path in (*part.rglob("*"), part): _sync(path)
+        if os.path.lexists(out): raise CheckpointError(f"{out} has appeared meanwhile: move it away, and the same command goes on")
         part.rename(out)
         shutil.rmtree(run)
     accelerator.wait_for_everyone()
     return out
+
+# %% ../nbs/13a_finetune.ipynb #5745f062
+def _prepared(accelerator, model, T: int, lr: float, rank: int):
+    "Model and AdamW as accelerate hands them out: adapter, checkpointed activations, compiled layers where a GPU is there."
+    import torch
+    from qkrestore_nb.hypenet import HypeNetForCausalLM, compile_layers
+    from qkrestore_nb.linear_attention import pick_backend
+    cuda = torch.cuda.is_available()
+    if rank:
+        from peft import LoraConfig, get_peft_model
+        model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model.train()
+    plain = model.base_model.model if rank else model
+    getattr(plain, "activation_checkpointing_enable", plain.gradient_checkpointing_enable)(dict(use_reentrant=False))  # its name from transformers 5.24 on
+    if cuda and isinstance(plain, HypeNetForCausalLM): compile_layers(plain, whole=pick_backend(T, accelerator.device)[0] == "triton")
+    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, betas=(.9, .95), weight_decay=0., fused=cuda)
+    return accelerator.prepare(model, opt)
+
+
+def _steps(accelerator, model, opt, stream, run: Path, steps: int, rows: int, T: int, at_once: int, every: int, look) -> list[dict]:
+    "The loop, from the newest state on; returns the log, an entry each step."
+    import torch
+    from transformers import get_cosine_with_min_lr_schedule_with_warmup
+    world, me = accelerator.num_processes, accelerator.process_index
+    start, log = _resume(accelerator, model, opt, state) if (state := _latest(run)) else (0, [])
+    # the rate is a function of the step: nothing of it needs to be saved
+    schedule = get_cosine_with_min_lr_schedule_with_warmup(opt, max(1, steps * 3 // 100), steps, last_epoch=start - 1, min_lr_rate=.1)
+    mine = islice(stream(), start * rows + me, None, world)  # the rows of the steps that are done are passed over
+    reader = ThreadPoolExecutor(1)
+    coming = reader.submit(lambda: list(islice(mine, rows // world)))
+    for step in range(start + 1, steps + 1):
+        then, share = time.perf_counter(), coming.result()
+        if step < steps: coming = reader.submit(lambda: list(islice(mine, rows // world)))  # text becomes tokens while the card is busy
+        tokens = accelerator.reduce(torch.tensor(float(sum(sum(y >= 0 for y in r["labels"][1:]) for r in share)), device=accelerator.device))
+        total = 0.
+        for i in range(0, len(share), at_once):  # gradients are summed over the cards after each of these: kept whole until the last, they would fill every card
+            with accelerator.autocast(): loss = summed_loss(model, share[i:i + at_once])[0] * world / tokens.clamp(min=1)  # gradients are averaged over cards
+            accelerator.backward(loss)
+            total += loss.detach() / world
+        accelerator.clip_grad_norm_(model.parameters(), 1.)
+        opt.step(), schedule.step(), opt.zero_grad()
+        loss = float(accelerator.reduce(total))
+        if not math.isfinite(loss):
+            raise CheckpointError(f"the loss is {loss} at step {step}: the last saved state is kept; go on from it with a smaller lr in another folder")
+        then = time.perf_counter() - then
+        log.append(dict(step=step, loss=loss, seconds=round(then, 4), tokens_per_s=round(rows * T / then)))
+        if look and accelerator.is_main_process: look(step, loss)
+        if step % every == 0 and step < steps: _keep(accelerator, model, opt, run, step, log)
+    return log

@@ -4,7 +4,8 @@
 __all__ = ['PRESETS', 'HypeNetConfig', 'HypeNetRMSNorm', 'HypeNetMLP', 'eager_attention', 'attend_documents', 'HypeNetAttention',
            'LightningAttention', 'HypeNetDecoderLayer', 'HypeNetPreTrainedModel', 'check_padding', 'document_ids',
            'has_flash', 'document_borders', 'document_groups', 'HypeNetModel', 'HypeNetForCausalLM', 'HybridConfig',
-           'HybridForCausalLM', 'prefill', 'text_ends', 'greedy', 'compile_layers']
+           'HybridForCausalLM', 'HypeNetForSequenceClassification', 'HybridModel', 'HybridForSequenceClassification',
+           'prefill', 'text_ends', 'greedy', 'compile_layers']
 
 # %% ../nbs/03_hybrid.ipynb #04fadf2a
 from itertools import takewhile
@@ -12,11 +13,12 @@ from itertools import takewhile
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask, find_packed_sequence_indices
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
@@ -35,6 +37,10 @@ PRESETS = {  # hidden, FFN, layers, heads of softmax and of linear layers, which
     "5B": (2560, 9728, 36, 32, 32, (0, 1, 7, 14, 15, 22, 24, 31, 33), 600),
     "9B": (4096, 12288, 36, 32, 32, (1, 2, 4, 6, 7, 10, 24, 33, 34), 900),
 }
+
+
+_AUTO = dict(AutoConfig="Config", AutoModel="Model", AutoModelForCausalLM="ForCausalLM",
+             AutoModelForSequenceClassification="ForSequenceClassification")  # transformers' doors, and our classes' names
 
 
 class HypeNetConfig(PreTrainedConfig):
@@ -93,7 +99,10 @@ class HypeNetConfig(PreTrainedConfig):
         if rope.get("rope_type", rope.get("type", "default")) != "default":
             raise ValueError(f"RoPE scaling {rope} is not part of HypeNet: set rope_scaling to null in config.json")
         self._check(kwargs.pop("layer_types", None))
-        kwargs.pop("auto_map", None)  # points at code files of a repository that this class replaces
+        kwargs.pop("auto_map", None)  # points at code files of a repository that this class replaces; its own go along
+        name = type(self).__name__.removesuffix("Config")
+        written = type(self).__module__ != "__main__"  # in a file, which can go along
+        self.auto_map = {auto: f"hypenet.{name}{kind}" for auto, kind in _AUTO.items()} if written else {}
         super().__post_init__(**kwargs)
 
     def _check(self, layer_types):
@@ -480,10 +489,27 @@ class HybridForCausalLM(HypeNetForCausalLM):
     "The published 2B's name for the same model."
     config_class = HybridConfig
 
+# %% ../nbs/03_hybrid.ipynb #auto-kinds
+class HypeNetForSequenceClassification(GenericForSequenceClassification, HypeNetPreTrainedModel):
+    "A class or a score for a text, read off its last token: classifiers and reward models."
 
-for Config, Model in ((HypeNetConfig, HypeNetForCausalLM), (HybridConfig, HybridForCausalLM)):
-    AutoConfig.register(Config.model_type, Config, exist_ok=True)
-    AutoModelForCausalLM.register(Config, Model, exist_ok=True)
+
+class HybridModel(HypeNetModel):
+    "The published 2B's name for the same layers."
+    config_class = HybridConfig
+
+
+class HybridForSequenceClassification(HypeNetForSequenceClassification):
+    "The published 2B's name for the same classifier."
+    config_class = HybridConfig
+
+# %% ../nbs/03_hybrid.ipynb #auto-register
+for kinds in ((HypeNetConfig, HypeNetModel, HypeNetForCausalLM, HypeNetForSequenceClassification),
+              (HybridConfig, HybridModel, HybridForCausalLM, HybridForSequenceClassification)):
+    doors = (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification)
+    for auto, kind in zip(doors, kinds, strict=True):
+        auto.register(kinds[0].model_type if auto is AutoConfig else kinds[0], kind, exist_ok=True)
+        if kind.__module__ != "__main__": kind.register_for_auto_class(auto.__name__)  # what is saved carries its code
 
 # %% ../nbs/03_hybrid.ipynb #086a38b8
 @torch.no_grad()

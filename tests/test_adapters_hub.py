@@ -2,13 +2,14 @@
 import json
 import re
 import shutil
+import warnings
 
 import pytest
 import torch
 from conftest import KINDS, NAME, snapshot, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from qkrestore_nb import hub
+from qkrestore_nb import checkpoints, hub
 from qkrestore_nb.adapters import CONFIG, WEIGHTS
 from qkrestore_nb.checkpoints import CheckpointError, read_config
 from qkrestore_nb.in_place import verify
@@ -122,6 +123,114 @@ def test_verify_of_an_adapter_sees_what_came_back(tmp_path):
     assert {r["equals"] for r in verify(out)} == {"neither"}
 
 
+# ---- every kind of adapter that peft writes: what peft merges is the oracle
+
+def biased(seed=1):
+    "Gated, grouped queries, and biases."
+    from test_families import CASES, model
+    return model("qwen3_next", CASES["qwen3_next"][0] | dict(attention_bias=True), seed).float()
+
+
+def written(tmp_path, make, seed=2, **kw):
+    "Base and adapter, saved; everything that the adapter trains is random."
+    peft = pytest.importorskip("peft")
+    make().save_pretrained(tmp_path / "pre")
+    model = peft.get_peft_model(make(), peft.LoraConfig(**dict(r=2, lora_alpha=4, target_modules=["q_proj", "k_proj", "v_proj"]) | kw))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if p.requires_grad: p.copy_(torch.randn(p.shape).abs() + .1)
+    model.save_pretrained(tmp_path / "lora")
+    return tmp_path / "pre", tmp_path / "lora"
+
+
+def merged_into(make, adapter) -> dict:
+    from peft import PeftModel
+    return PeftModel.from_pretrained(make(), adapter).merge_and_unload().state_dict()
+
+
+KINDS_OF_LORA = {
+    "plain": {}, "rslora": dict(use_rslora=True), "rank and alpha by pattern": dict(rank_pattern={"q_proj": 4}, alpha_pattern={"k_proj": 9}), "all linear": dict(target_modules="all-linear"),
+    "regex": dict(target_modules=r".*\.[qv]_proj"), "some layers": dict(layers_to_transform=[0, 1]), "trained tokens": dict(trainable_token_indices=[1, 2]),
+    "whole head": dict(modules_to_save=["lm_head"]), "whole q": dict(target_modules=["k_proj", "v_proj"], modules_to_save=["q_proj"]), "whole norms": dict(modules_to_save=["q_norm"]),
+    "whole attention": dict(target_modules=["up_proj"], modules_to_save=["self_attn"]),
+    "pissa": dict(init_lora_weights="pissa"), "olora": dict(init_lora_weights="olora"), "gaussian": dict(init_lora_weights="gaussian"), "not from zero": dict(init_lora_weights=False), "dora": dict(use_dora=True),
+    "parameters": dict(target_modules=["v_proj"], target_parameters=["q_proj.weight"]), "all biases": dict(bias="all"), "biases of lora": dict(bias="lora_only"),
+}
+
+
+@pytest.mark.parametrize("name", KINDS_OF_LORA)
+def test_peft_merges_the_same(tmp_path, name):
+    "Restored and merged, or merged and restored: one result."
+    pre, lora = written(tmp_path, base, **KINDS_OF_LORA[name])
+    out = qk_restore(pre, lora, out=tmp_path / "out")
+    post, got, b = merged_into(base, lora), merged_into(base, out), base().state_dict()
+    want = qk_restore(b, post, config=base().config)
+    assert all(torch.allclose(got[n], want[n], atol=1e-6) for n in want), [n for n in want if not torch.allclose(got[n], want[n], atol=1e-6)]
+    assert any(not torch.equal(post[n], want[n]) for n in want) and any(not torch.equal(b[n], want[n]) for n in want)
+    assert {r["equals"] for r in verify(out)} == {"pre"} and "adds to W_" in hub.model_card(out)
+
+
+@pytest.mark.parametrize("name, kw, sentence", [("plain", {}, None), ("all biases", dict(bias="all"), None), ("biases of lora", dict(bias="lora_only"), None), ("k alone is whole", dict(target_modules=["q_proj"], modules_to_save=["k_proj"]), None),
+                                                ("whole q", dict(target_modules=["k_proj", "v_proj"], modules_to_save=["q_proj"]), None), ("nothing of lora left", dict(target_modules=["k_proj"], modules_to_save=["q_proj"]), "nothing would be left of LoRA"), ("whole attention", dict(target_modules=["out_proj"], modules_to_save=["self_attn"]), None),
+                                                ("dora", dict(use_dora=True), "DoRA"), ("pissa", dict(init_lora_weights="pissa"), "init_lora_weights=pissa")])
+def test_where_only_rows_are_q(tmp_path, name, kw, sentence):
+    pre, lora = written(tmp_path, biased, **kw)
+    if sentence:
+        before = snapshot(tmp_path)
+        with pytest.raises(CheckpointError, match=sentence): qk_restore(pre, lora, out=tmp_path / "out")
+        assert snapshot(tmp_path) == before
+        return
+    out = qk_restore(pre, lora, out=tmp_path / "out")
+    post, got, b = merged_into(biased, lora), merged_into(biased, out), biased().state_dict()
+    want = qk_restore(b, post, config=biased().config)
+    assert all(torch.allclose(got[n], want[n], atol=1e-6) for n in want), [n for n in want if not torch.allclose(got[n], want[n], atol=1e-6)]
+    assert any(not torch.equal(post[n], want[n]) for n in want)
+
+
+def test_biases_that_lora_adds_go_with_it(tmp_path):
+    pre, lora = written(tmp_path, biased, lora_bias=True)
+    out = load_file(qk_restore(pre, lora, out=tmp_path / "out") / WEIGHTS)
+    name = "base_model.model.model.layers.3.self_attn.{}_proj.lora_B.{}"
+    for part in ("weight", "bias"):
+        q = out[name.format("q", part)].view(4, 2, 8, -1)
+        assert not q[:, 0].any() and q[:, 1].all() and name.format("k", part) not in out and name.format("v", part) in out
+
+
+@pytest.mark.parametrize("kw, sentence", [(dict(layer_replication=[[0, 3], [1, 4]]), "makes copies of layers")])
+def test_adapters_whose_layers_are_not_the_base_models(tmp_path, kw, sentence):
+    pre, lora = tuned(tmp_path)
+    config = json.loads((lora / CONFIG).read_text())
+    (lora / CONFIG).write_text(json.dumps(config | kw))
+    with pytest.raises(CheckpointError, match=sentence): qk_restore(pre, lora, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "IA3", "HRA", "FOURIERFT", "RANDLORA", "SHIRA", "XLORA", "PROMPT_TUNING", "PREFIX_TUNING", "LN_TUNING", None])
+def test_other_types_of_adapters_are_told(tmp_path, kind):
+    pre, lora = tuned(tmp_path)
+    (lora / CONFIG).write_text(json.dumps(json.loads((lora / CONFIG).read_text()) | {"peft_type": kind}))
+    words = "leaves W_Q and W_K as they are" if kind in ("PROMPT_TUNING", "PREFIX_TUNING", "LN_TUNING") else "merge it into its base model first"
+    with pytest.raises(CheckpointError, match=words): qk_restore(pre, lora, out=tmp_path / "out")
+
+
+def test_what_lies_beside_an_adapter(tmp_path):
+    "The base model's config.json; keys of a compiled model; the name of another base model."
+    pre, lora = tuned(tmp_path)
+    want = load_file(qk_restore(pre, lora, out=tmp_path / "want") / WEIGHTS)
+    shutil.copy(pre / "config.json", lora)
+    out = qk_restore(pre, lora, out=tmp_path / "out")
+    assert load_file(out / WEIGHTS).keys() == want.keys() and (out / "config.json").read_bytes() == (pre / "config.json").read_bytes()
+    save_file({n.replace("base_model.model.", "base_model.model._orig_mod."): w for n, w in load_file(lora / WEIGHTS).items()}, lora / WEIGHTS)
+    got = load_file(qk_restore(pre, lora, out=tmp_path / "compiled") / WEIGHTS)
+    assert {n.replace("_orig_mod.", "") for n in got} == want.keys()
+    for said, warns in (("somebody/else", True), ("somebody/pre", False), (str(pre), False), (None, False)):
+        (lora / CONFIG).write_text(json.dumps(json.loads((lora / CONFIG).read_text()) | {"base_model_name_or_path": said}))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            qk_restore(pre, lora, out=tmp_path / f"base{said and len(said)}")
+        assert any("are they the same" in str(w.message) for w in told) == warns
+
+
 # ---- the hub
 
 @pytest.fixture
@@ -172,8 +281,10 @@ def test_revision_and_token_arrive(monkeypatch, tmp_path):
 
 def test_a_mistyped_path_is_not_looked_up(pair, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hub, "local_folder", lambda *a: pytest.fail("no"))
-    assert not hub.is_hub_id("pre/nothing") and not hub.is_hub_id("post") and hub.is_hub_id("nobody/nothing")
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **kw: pytest.fail("no"))
+    assert not checkpoints.is_hub_id("pre/nothing") and not checkpoints.is_hub_id("post") and checkpoints.is_hub_id("nobody/nothing")
+    with pytest.raises(CheckpointError, match="no folder"): qk_restore("pre/nothing", "post", out="out")
 
 
 def test_the_model_card(pair, tmp_path):
@@ -221,7 +332,7 @@ def test_the_mergekit_recipe_says_the_same(tmp_path, strength):
     names = {"num_hidden_layers": 12, "mixer_types": ["attn" if i in (1, 10, 11) else "lightning-attn" for i in range(12)]}
     from conftest import hypenet_config
     pre, post = (write_checkpoint(tmp_path / n, s, config=hypenet_config(**names), layers=12, dtype="float32") for n, s in (("pre", 1), ("post", 2)))
-    recipe = yaml.safe_load(hub.mergekit_yaml(pre, post, strength))
+    recipe = yaml.safe_load(hub.mergekit_yaml(pre, post, strength=strength))
     assert recipe["merge_method"] == "linear" and recipe["dtype"] == "float32" and recipe["parameters"]["normalize"] is False
     load = lambda f: load_file(f / "model.safetensors")
     out = load(qk_restore(pre, post, out=tmp_path / "out", strength=strength))

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from qkrestore_nb import checkpoints, in_place, restore
 from qkrestore_nb.checkpoints import CheckpointError, locked, read_index
 from qkrestore_nb.in_place import JOURNAL, undo, verify
-from qkrestore_nb.restore import plan_restore, qk_restore
+from qkrestore_nb.moves import encode, plan
+from qkrestore_nb.restore import qk_restore
 
 QK = [NAME.format(i, r) for i in (1, 2) for r in "qk"]
 load = lambda folder: {n: t for f in sorted(Path(folder).glob("*.safetensors")) for n, t in load_file(f).items()}
@@ -35,7 +36,7 @@ def test_in_place_and_back(pair, tmp_path):
     assert [r["equals"] for r in verify(post)] == ["pre"] * 4
     assert {k: v for k, v in snapshot(tmp_path).items() if k.startswith("pre/")} == {k: v for k, v in before.items() if k.startswith("pre/")}
     with pytest.raises(CheckpointError, match="undo that first"): qk_restore(pre, post, inplace=True)
-    assert undo(post) == sum(r["bytes"] for r in plan_restore(pre, post))
+    assert undo(post) == sum(m.bytes for m in plan(pre, post))
     assert snapshot(tmp_path) == before
     with pytest.raises(CheckpointError, match="nothing was restored there in place"): undo(post)
 
@@ -50,16 +51,16 @@ def test_undo_brings_back_an_earlier_note(pair, tmp_path):
     assert snapshot(first) == before
 
 
-@pytest.mark.parametrize("where", ["overwrite", "_sync", "write_result"])
-def test_a_crash_in_the_middle_can_be_undone(pair, tmp_path, monkeypatch, where):
+@pytest.mark.parametrize("where, nth", [("overwrite", 2), ("_sync", 2), ("_sync", 3), ("write_result", 1)])  # the first sync is the journal's
+def test_a_crash_in_the_middle_can_be_undone(pair, tmp_path, monkeypatch, where, nth):
     pre, post = pair
-    before, calls = snapshot(tmp_path), []
-    real = getattr(restore, where)
+    before, calls, module = snapshot(tmp_path), [], in_place if where == "_sync" else restore
+    real = getattr(module, where)
     def dies(*args, **kw):
         calls.append(1)
-        if len(calls) == (2 if where == "overwrite" else 1): raise KeyboardInterrupt
+        if len(calls) == nth: raise KeyboardInterrupt
         return real(*args, **kw)
-    monkeypatch.setattr(restore, where, dies)
+    monkeypatch.setattr(module, where, dies)
     with pytest.raises(KeyboardInterrupt): qk_restore(pre, post, inplace=True)
     assert snapshot(post) != {k.removeprefix("post/"): v for k, v in before.items() if k.startswith("post/")}
     undo(post)
@@ -308,8 +309,8 @@ def test_rounding_of_every_kind_of_number():
     x = torch.randint(-2**31, 2**31 - 1, (1 << 20,), generator=torch.Generator().manual_seed(0)).to(torch.int32).view(torch.float32)
     x = torch.cat([x[~x.isnan()], torch.tensor([0., -0., float("inf"), -float("inf"), 65504., 65520., 65519.9, 1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, 1e-40])])
     for name, dtype in (("BF16", torch.bfloat16), ("F16", torch.float16), ("F32", torch.float32)):
-        assert restore._encode(x.numpy(), name) == x.to(dtype).view(torch.uint8).numpy().tobytes(), name
-    assert torch.frombuffer(bytearray(restore._encode(torch.tensor([float("nan")]).numpy(), "BF16")), dtype=torch.bfloat16).isnan().all()
+        assert encode(x.numpy(), name) == x.to(dtype).view(torch.uint8).numpy().tobytes(), name
+    assert torch.frombuffer(bytearray(encode(torch.tensor([float("nan")]).numpy(), "BF16")), dtype=torch.bfloat16).isnan().all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -342,7 +343,7 @@ def test_parts_are_the_same_on_files_and_state_dicts(tmp_path, choice):
     out = load(qk_restore(pre, post, out=tmp_path / "out", **choice))
     assert same(out, qk_restore(a, b, config=hypenet_config(), **choice))
     changed = {n for n in b if not torch.equal(out[n], b[n])}
-    assert changed == {j["name"] for j in plan_restore(pre, post, **{k: v for k, v in choice.items() if k != "strength"})}
+    assert changed == {m.post for m in plan(pre, post, **{k: v for k, v in choice.items() if k != "strength"})}
     if choice == dict(heads=[1]):
         n = NAME.format(1, "q")
         assert torch.equal(out[n][4:], a[n][4:]) and torch.equal(out[n][:4], b[n][:4])

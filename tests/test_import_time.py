@@ -7,7 +7,7 @@ import pytest
 heavy = ("torch", "transformers", "numpy", "matplotlib")
 
 
-@pytest.mark.parametrize("module, absent", [(m, heavy) for m in ("restore", "checkpoints", "families", "in_place", "inspection", "adapters", "hub", "cli")])
+@pytest.mark.parametrize("module, absent", [(m, heavy) for m in ("restore", "checkpoints", "families", "moves", "note", "in_place", "inspection", "adapters", "hub", "cli")])
 def test_light_imports(module, absent):
     code = f"import sys, qkrestore_nb.{module}; print(*[m for m in {absent} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == []

@@ -8,7 +8,7 @@ from test_families import CASES, model
 
 from qkrestore_nb.checkpoints import CheckpointError
 from qkrestore_nb.inspection import compare, inspect_checkpoint, principal_angles, strip
-from qkrestore_nb.restore import plan_restore
+from qkrestore_nb.moves import plan
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "," not in c])
@@ -18,7 +18,7 @@ def test_every_family_can_be_looked_at(case, tmp_path):
     seen = compare(tmp_path / "pre", tmp_path / "post", **choice)
     json.dumps(seen)
     assert sorted(r["tensor"] for r in seen["tensors"]) == sorted(names) and len(strip(seen["kinds"])) == fields["num_hidden_layers"]
-    planned = {j["name"]: j["bytes"] for j in plan_restore(tmp_path / "pre", tmp_path / "post", **choice)}
+    planned = {m.post: m.bytes for m in plan(tmp_path / "pre", tmp_path / "post", **choice)}
     assert {r["tensor"]: r["bytes"] for r in seen["tensors"]} == planned and seen["moved_bytes"] == sum(planned.values())
     assert all(.5 < r["drift"] < 3 for r in seen["tensors"])  # two independent random matrices
     drifts = [r["drift"] for r in seen["tensors"]]

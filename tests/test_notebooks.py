@@ -20,7 +20,8 @@ def test_there_are_notebooks():
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebook(name):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
-    command = [str(Path(sys.executable).parent / "nbdev_test"), "--path", f"nbs/{name}", "--n_workers", "0", "--do_print"]
+    test = str(Path(sys.executable).parent / "nbdev_test")
+    command = [test, "--path", f"nbs/{name}", "--n_workers", "0", "--do_print"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert name in done.stdout + done.stderr, "nbdev_test did not run it"  # a path that matches nothing would pass

@@ -1,19 +1,22 @@
 "Checkpoints whose model code lies beside their weights: a tiny one of Jet-Nemotron's format from loading to the audit, and nothing run that was not let in."
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-
 from conftest import snapshot, write_sums
+from test_cli import call
+from test_finetune import launch
+
 from qkrestore_nb import scale
 from qkrestore_nb.audit import audit
 from qkrestore_nb.checkpoints import CheckpointError
 from qkrestore_nb.finetune import finetune, training_needs
 from qkrestore_nb.restore import qk_restore
-from test_cli import call
-from test_finetune import launch
 
 CODE = Path(__file__).parent / "jet_nemotron"
 FILES = {"config.json", "configuration_jet_nemotron.py", "modeling_jet_nemotron.py"}
@@ -23,9 +26,9 @@ SETTINGS = dict(steps=3, T=64, rows=2, lr=1e-3)
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     "A folder with pre/ (config.json and code as they are in tests/jet_nemotron, random weights), sums.jsonl, and post/."
+    from conftest import small_tokenizer
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
-    from conftest import small_tokenizer
     folder = tmp_path_factory.mktemp("jet")
     shutil.copytree(CODE, folder / "pre", ignore=lambda _, names: set(names) - FILES)
     set_seed(0)
@@ -64,6 +67,7 @@ def test_the_format(base, tmp_path):
 def test_its_model_is_one_model(base):
     "In pieces through the cache, with padding, and at once: the same."
     from transformers import DynamicCache
+
     from qkrestore_nb.hypenet import _CACHE
     model, _ = scale.load(base / "pre", trust_remote_code=True)
     x = torch.randint(0, 1000, (1, 130), generator=torch.Generator().manual_seed(0))
@@ -154,3 +158,107 @@ def test_on_the_command_line(base, tmp_path, capsys):
     assert trusted("audit", pre, post, "--lengths", "1024", "--haystacks", "1", "--device", "cpu", "--json") == 0
     assert json.loads(capsys.readouterr().out)["scores"].keys() == {"pre", "post", "restored"}
     assert snapshot(base) == before
+
+
+# ---- the other way round: what is saved for HypeNet, opened by a process that cannot import this package
+
+WITHOUT = """
+import sys
+class Refused:
+    def find_spec(self, name, *rest):
+        if name.split(".")[0] == "qkrestore_nb": raise ModuleNotFoundError("qkrestore_nb")
+sys.meta_path.insert(0, Refused())
+import json, torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+folder, ids = sys.argv[1], torch.arange(1, 41).reshape(2, 20)
+load = lambda auto, name, **more: auto.from_pretrained(f"{folder}/{name}", trust_remote_code=True, **more).eval()
+"""
+
+
+def elsewhere(code: str, folder: Path) -> str:
+    "What a fresh process without the package prints, whose transformers has seen no code before."
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | dict(HF_HOME=str(folder / "hub"), CUDA_VISIBLE_DEVICES="")
+    done = subprocess.run([sys.executable, "-c", WITHOUT + code, str(folder)], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory):
+    "pre/ and post/ of our HypeNet, restored/ made of them, and what each says to one text."
+    from conftest import small_hybrid, small_tokenizer
+    folder, models = tmp_path_factory.mktemp("ours"), {}
+    ids = torch.arange(1, 41).reshape(2, 20)
+    for name, shift in (("pre", 0.), ("post", .01)):
+        model = small_hybrid()
+        with torch.no_grad():
+            for p in model.parameters(): p += shift * torch.randn_like(p)
+        model.save_pretrained(folder / name)
+        small_tokenizer().save_pretrained(folder / name)
+    qk_restore(folder / "pre", folder / "post", out=folder / "restored")
+    for name in ("pre", "post", "restored"):
+        model, _ = scale.load(folder / name, dtype=torch.float32)
+        with torch.no_grad(): models[name] = model(ids).logits.double().sum().item()
+    return folder, models
+
+
+def test_hypenet_is_loaded_without_the_package(ours):
+    "Equal logits from pre and from the restored folder in one process; saved again there, its code goes along again; every door opens."
+    folder, expected = ours
+    got = json.loads(elsewhere("""
+found = {}
+for name in ("pre", "restored"):
+    model = load(AutoModelForCausalLM, name)
+    with torch.no_grad(): found[name] = model(ids).logits.double().sum().item()
+model.save_pretrained(f"{folder}/again")
+with torch.no_grad(): found["again"] = load(AutoModelForCausalLM, "again")(ids).logits.double().sum().item()
+found["doors"] = [type(load(AutoModel, "again")).__name__, type(load(AutoModelForSequenceClassification, "again", num_labels=3)).__name__]
+found["text"] = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0).shape[1]
+print(json.dumps(found))
+""", folder).splitlines()[-1])
+    assert got["doors"] == ["HypeNetModel", "HypeNetForSequenceClassification"] and got["text"] == 24
+    assert got["pre"] == pytest.approx(expected["pre"], abs=1e-3) and got["again"] == got["restored"]
+    assert got["restored"] == pytest.approx(expected["restored"], abs=1e-3) != pytest.approx(expected["pre"], abs=1e-3)
+    code = {"hypenet.py", "linear_attention.py", "softmax_attention.py"}
+    for name in ("pre", "restored", "again"): assert {p.name for p in (folder / name).glob("*.py")} == code
+    saved = json.loads((folder / "again" / "config.json").read_text())["auto_map"]
+    assert saved == json.loads((folder / "pre" / "config.json").read_text())["auto_map"] and len(saved) == 4
+
+
+def test_without_trust_it_is_refused_elsewhere(ours):
+    "Nothing that lies in a folder runs without a word."
+    folder, _ = ours
+    said = elsewhere("""
+try: AutoModelForCausalLM.from_pretrained(f"{folder}/pre", trust_remote_code=False)
+except ValueError as e: print("refused", "trust_remote_code" in str(e))
+""", folder)
+    assert said.splitlines()[-1] == "refused True"
+
+
+def test_here_the_package_is_taken(ours, tmp_path):
+    "With the package imported its own classes load the folder, trusted or not, and what lies there does not run."
+    from transformers import AutoModelForCausalLM
+
+    from qkrestore_nb.hypenet import HypeNetForCausalLM
+    shutil.copytree(ours[0] / "pre", tmp_path / "pre")
+    with open(tmp_path / "pre" / "hypenet.py", "a") as f: f.write(f"\nopen({str(tmp_path / 'ran')!r}, 'w')\n")
+    for trusted in (False, True): assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "pre", trust_remote_code=trusted)) is HypeNetForCausalLM
+    assert not (tmp_path / "ran").exists()
+
+
+def test_trl_takes_a_path(ours):
+    "SFTTrainer by path, in a process without the package."
+    pytest.importorskip("trl")
+    folder, _ = ours
+    said = elsewhere("""
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+rows = Dataset.from_list([dict(prompt="1 and 2?", completion="3.")] * 4)
+args = SFTConfig(f"{folder}/trl", max_steps=1, per_device_train_batch_size=2, max_length=32, report_to=[], use_cpu=True, save_strategy="no",
+                 bf16=False, gradient_checkpointing=False, model_init_kwargs=dict(trust_remote_code=True))
+trainer = SFTTrainer(model=f"{folder}/pre", args=args, train_dataset=rows)
+trainer.train()
+trainer.save_model(f"{folder}/trained")
+print(type(load(AutoModelForCausalLM, "trained")).__name__, trainer.state.global_step)
+""", folder)
+    assert said.splitlines()[-1] == "HypeNetForCausalLM 1"

@@ -65,7 +65,7 @@ def test_only_q_and_k_of_softmax_layers_change(tmp_path, pre_shards, post_shards
 def test_other_choices(tmp_path, layers, projections, plan, dtype):
     pre, post = (write_checkpoint(tmp_path / n, s, 2, dtype=dtype) for n, s in (("pre", 1), ("post", 2)))
     layers = layers if isinstance(layers, str) else iter(layers)  # any iterable will do
-    check(pre, post, qk_restore(pre, post, tmp_path / "out", layers, projections), plan)
+    check(pre, post, qk_restore(pre, post, tmp_path / "out", layers=layers, projections=projections), plan)
 
 
 def test_jet_nemotron_moves_weights_of_full_attention_only(tmp_path):
@@ -138,14 +138,15 @@ def test_an_output_that_appears_meanwhile_is_not_touched(pair, tmp_path, monkeyp
 
 def test_a_hub_snapshot_of_links_becomes_regular_files(pair, tmp_path):
     pre, post = pair
-    (tmp_path / "blobs").mkdir(), (tmp_path / "snapshot").mkdir()
+    repo = tmp_path / "models--me--post"
+    (repo / "blobs").mkdir(parents=True), (repo / "snapshots" / "abc").mkdir(parents=True)
     for i, file in enumerate(sorted(p for p in post.iterdir() if p.is_file())):
-        shutil.copy(file, tmp_path / "blobs" / str(i))
-        (tmp_path / "snapshot" / file.name).symlink_to(f"../blobs/{i}")
+        shutil.copy(file, repo / "blobs" / str(i))
+        (repo / "snapshots" / "abc" / file.name).symlink_to(f"../../blobs/{i}")
     before = snapshot(tmp_path)
-    out = qk_restore(pre, tmp_path / "snapshot", out=tmp_path / "out")
+    out = qk_restore(pre, repo / "snapshots" / "abc", out=tmp_path / "out")
     assert all(stat.S_ISREG(p.lstat().st_mode) for p in out.iterdir())
-    check(pre, tmp_path / "snapshot", out, QK)
+    check(pre, repo / "snapshots" / "abc", out, QK)
     shutil.rmtree(out)
     assert snapshot(tmp_path) == before
 

@@ -43,13 +43,13 @@ def test_index_and_folder_agree(): assert not wrong(INDEX)
 
 
 @pytest.mark.parametrize("change, sentence", [
-    (lambda i: i.pop("tradeoff.json"), "tradeoff.json has 0 entries"), (lambda i: i.update({"trade*.json": i["tradeoff.json"]}), "tradeoff.json has 2 entries"),
-    (lambda i: i.update({"no.json": i["tradeoff.json"]}), "no.json matches no file"),
-    (lambda i: i["tradeoff.json"].update(script="benchmarks/no.py"), "tradeoff.json: there is no benchmarks/no.py"),
-    (lambda i: i["tradeoff.json"].update(script="benchmarks/jobs.py"), "tradeoff.json: its command does not call benchmarks/jobs.py"),
-    (lambda i: i["tradeoff.json"].update(read_by=[]), "tradeoff.json has no reader"),
-    (lambda i: i["tradeoff.json"].update(read_by=["nbs/no.ipynb"]), "tradeoff.json: there is no nbs/no.ipynb"),
-    (lambda i: i["tradeoff.json"].update(read_by=["LICENSE"]), "LICENSE does not name tradeoff.json")])
+    (lambda i: i.pop("packing-cpu.json"), "packing-cpu.json has 0 entries"), (lambda i: i.update({"pack*.json": i["packing-cpu.json"]}), "packing-cpu.json has 2 entries"),
+    (lambda i: i.update({"no.json": i["packing-cpu.json"]}), "no.json matches no file"),
+    (lambda i: i["packing-cpu.json"].update(script="benchmarks/no.py"), "packing-cpu.json: there is no benchmarks/no.py"),
+    (lambda i: i["packing-cpu.json"].update(script="benchmarks/jobs.py"), "packing-cpu.json: its command does not call benchmarks/jobs.py"),
+    (lambda i: i["packing-cpu.json"].update(read_by=[]), "packing-cpu.json has no reader"),
+    (lambda i: i["packing-cpu.json"].update(read_by=["nbs/no.ipynb"]), "packing-cpu.json: there is no nbs/no.ipynb"),
+    (lambda i: i["packing-cpu.json"].update(read_by=["LICENSE"]), "LICENSE does not name packing-cpu.json")])
 def test_this_check_can_fail(change, sentence):
     index = json.loads(json.dumps(INDEX))
     change(index)
@@ -58,4 +58,4 @@ def test_this_check_can_fail(change, sentence):
 
 def test_a_reader_names_every_part():
     assert names('Path("../results/real_model") / f"second/{x}"', "real_model/second/*.json") and not names("real_model", "real_model/second/*.json")
-    assert names("hypenet-gpu-{name}.json", "hypenet-gpu-*.json") and not names("tradeoff", "tradeoff.json")
+    assert names("hypenet-gpu-{name}.json", "hypenet-gpu-*.json") and not names("packing", "packing-cpu.json")

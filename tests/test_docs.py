@@ -1,0 +1,123 @@
+"docs/prepare.py and its neighbours: what becomes a link, what is folded, what a reader hovers over; no browser."
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from build import PRINTED, columns
+from prepare import (
+    BADGE,
+    Terms,
+    code_cell,
+    fold,
+    glossary,
+    introduced,
+    link_sources,
+    link_symbols,
+    reference,
+    signature,
+)
+
+ROOT = Path(__file__).parent.parent
+BLOB = "https://github.com/a/b/blob/main/"
+NAMES = {"noise": ["qkrestore_nb.recall.noise"], "needle_rows": ["qkrestore_nb.recall.needle_rows"],
+         "Wide": ["qkrestore_nb.hypenet.Wide"], "load": ["qkrestore_nb.scale.load", "qkrestore_nb.study.load"]}
+
+
+def test_only_names_become_links():
+    "A plain word is a link in the chapter that exports it and nowhere else."
+    here, there = (lambda text, m=m: link_symbols(text, NAMES, f"qkrestore_nb.{m}") for m in ("recall", "variants"))
+    assert here("`noise`") == "{py:obj}`noise <qkrestore_nb.recall.noise>`" and there("`noise`") == "`noise`"
+    for said in ("`needle_rows`", "`noise()`", "`Wide`", "`recall.noise`", "`qkrestore_nb.recall.noise`"):
+        assert there(said).startswith("{py:obj}") or said == "`recall.noise`", said
+    assert there("`load()`") == "`load()`"
+    assert link_symbols("`load`", NAMES, "qkrestore_nb.study").endswith("study.load>`")
+    for text in ("# `needle_rows`", "[`needle_rows`](04_recall.ipynb)", "```python\n`needle_rows`\n```", "`other`"):
+        assert there(text) == text
+
+
+def test_sources_become_links():
+    "arXiv numbers, and files of the repository that are there."
+    link = lambda text: link_sources(text, BLOB)
+    assert link("RULER (arXiv 2404.06654)") == "RULER ([arXiv 2404.06654](https://arxiv.org/abs/2404.06654))"
+    assert link("in `results/LOG.md`") == f"in [`results/LOG.md`]({BLOB}results/LOG.md)"
+    assert link("`results/`") == f"[`results/`]({BLOB.replace('blob', 'tree')}results)"
+    assert link("`CITATION.cff`") == f"[`CITATION.cff`]({BLOB}CITATION.cff)"
+    for text in ("`results/nowhere.json`", "[arXiv 2404.06654](https://x.org)", "`arXiv 2404.06654`",
+                 "$arXiv 2404.06654$", "```text\narXiv 2404.06654 `results/LOG.md`\n```", "## arXiv 2404.06654",
+                 f"[`results/LOG.md`]({BLOB}x)"):
+        assert link(text) == text
+
+
+def book(*text):
+    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(t) for t in text])
+
+
+def test_words_of_the_glossary():
+    "The first use in a page is a link with the sentence; one entry with three names is linked once."
+    words = glossary(book('**needle, haystack (hay)** ([04](04_recall.ipynb)): A *fact*, "hidden".\n\n'
+                          "**MK** ([04](x.ipynb)): Many [keys](k.ipynb)."))
+    assert words.keys() == {"needle", "haystack", "hay", "MK"} and words["MK"][1] == "Many keys."
+    terms = Terms(words, "g.ipynb")
+    assert terms("No mk, but MK.") == 'No mk, but [MK](g.ipynb "Many keys.").'
+    assert terms("## Needle\n`needle`, $needle$, [a needle](x): one Needle") == \
+        "## Needle\n`needle`, $needle$, [a needle](x): one [Needle](g.ipynb \"A fact, 'hidden'.\")"
+    assert terms("A haystack and needles, a needle") == "A haystack and needles, a needle"
+    assert Terms({}, "g.ipynb")("A needle") == "A needle"
+
+
+def test_glossary_is_read():
+    found = glossary(nbformat.read(next((ROOT / "nbs").rglob("*glossary.ipynb")), 4))
+    assert len(found) > 40 and all(len(said) > 20 for _, said in found.values())
+
+
+SHORT = "def f(x: int, *, y=None) -> int:\n    \"Adds.\"\n    return x"
+LONG = SHORT + "\n    #" * 30
+
+
+def test_folds():
+    "What a chapter teaches stands open; imports, helpers and long sources do not."
+    assert fold("import os\nfrom a import b\nif TYPE_CHECKING: from c import d", False) == "Imports"
+    assert fold(SHORT, True) is None and fold(LONG, True) == "Source of f" and fold(LONG, False) is None
+    helper = "def _g():\n" + "    x = 1\n" * 8
+    assert fold(helper, True) == "Helper code: _g" and fold("def _g(): pass", True) is None
+    assert fold("%timeit f()", False) is None and fold("x = 1\n" * 4, True) is None
+    assert fold("TABLE = {\n" + "    1: 1,\n" * 30 + "}", True) == "Helper code: TABLE"
+
+
+def test_signature():
+    import ast
+    of = lambda text: signature(ast.parse(text).body[0])
+    assert of(SHORT) == "f(x, *, y=None)" and of("class A(B): pass") == "A" and of("def g(x='<a>'): pass") == "g"
+    assert introduced("m", LONG) == "{py:obj}`f(x, *, y=None) <m.f>`: Adds."
+
+
+def cell(source, heading=""): return code_cell(nbformat.v4.new_code_cell(source), "m", heading)
+
+
+def test_code_cells():
+    assert cell("#| hide\nx") == [] and [c.cell_type for c in cell(f"#| export\n{SHORT}")] == ["code"]
+    above, code = cell(f"#| export\n{LONG}")
+    assert above.source.startswith("{py:obj}") and code.metadata.tags == ["hide-input"]
+    folded = "#| code-fold: true\nx = 1"
+    solution, other = (cell(folded, heading)[0].metadata.mystnb for heading in ("Exercises", "End"))
+    assert solution.code_prompt_show == "Solution" and "code_prompt_show" not in other
+    with pytest.raises(ValueError, match="`#| nonsense` is new"): cell("#| nonsense\nx")
+
+
+def test_reference_page():
+    sources = ("#| default_exp m", f"#| export\n{SHORT}", "#| export\ndef _g(): pass", "def h(): pass")
+    text = reference("01_m", nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in sources]))
+    assert ".. autofunction:: qkrestore_nb.m.f" in text and "orphan: true" in text
+    assert not re.search(r"m\._g|m\.h", text)
+
+
+def test_printed_output_says_its_width():
+    box = '<div class="output stream highlight-myst-ansi"><div class="highlight">'
+    text = "ab\n<span>c &lt; d</span>\n</pre>"
+    made = re.sub(rf"({PRINTED})<pre>(.*?)</pre>", columns, f"{box}<pre>{text}", flags=re.S)
+    assert made == f'{box}<pre tabindex="0" style="--columns: 5">{text}'
+
+
+def test_badge_is_text_on_the_site():
+    assert BADGE.sub(r"[\1]", "[![Open in Colab](https://x/b.svg)](https://y)") == "[Open in Colab](https://y)"
