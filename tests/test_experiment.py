@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qkrestore_nb import experiment
 from qkrestore_nb.checkpoints import CheckpointError
+from qkrestore_nb.cli import main
 from qkrestore_nb.experiment import (SFT, alternatives, bits, cell, decisive, demo, evaluate, figure, model_fields, models, names, pair,
                                      recipes, run, sfts, share, table, verdict)
 from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM
@@ -219,6 +220,21 @@ def test_a_checkpoint_is_complete_or_not_there(quick, asked, tmp_path, monkeypat
     assert not (out / "other").exists()
 
 
+def test_several_seeds_and_every_repair_in_one_command(quick, asked, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    words = ["experiment", "--profile", "smoke", "--out", str(tmp_path / "two"), "--seed", "1,3-3", "--kinds", "direct", "--full"]
+    with pytest.raises(SystemExit) as e: main(words)
+    assert not e.value.code and sorted(p.name for p in (tmp_path / "two").iterdir()) == ["seed1", "seed3"]
+    for n in (1, 3):
+        scores = json.loads((tmp_path / "two" / f"seed{n}" / f"hypenet7m-direct-seed{n}.json").read_text())["scores"]
+        assert list(scores) == [*decisive, *alternatives]
+    said = capsys.readouterr().out
+    assert "direct, seed 1\n" in said and "direct, seed 3\n" in said and "nothing to restore" in said and "Q,K restored" in said
+    for seed, why in (("one", "give a number"), ("3-1", "names no seed")):
+        with pytest.raises(SystemExit) as e: main(["experiment", "--seed", seed])
+        assert e.value.code == 2 and why in capsys.readouterr().err
+
+
 # ---- what is refused
 
 @pytest.mark.parametrize("wrong, why", [
@@ -307,6 +323,13 @@ def test_demo(tmp_path, monkeypatch):
     assert evaluate(model, **SIZES)["MF"] == {"256": {**first["scores"]["qk"]["MF"]["256"], "shape": (1, 8, 5)}}
     with pytest.raises(CheckpointError, match="exists: choose a name that is free with --out"): demo(one)
     with pytest.raises(CheckpointError, match="there is no folder .* to put new into: make it first"): demo(tmp_path / "no" / "new")
+
+
+def test_the_demo_on_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(experiment, "demo_sizes", dict(recall=dict(S3=[(128, 1, 1)]), steps=(1,), problems=1))
+    with pytest.raises(SystemExit) as e: main(["demo", "--packed", "--out", str(tmp_path / "here")])
+    scores, said = json.loads((tmp_path / "here" / "demo.json").read_text())["scores"], capsys.readouterr().out
+    assert not e.value.code and table(scores) in said and verdict(scores) in said and str(tmp_path / "here" / "demo.png") in said
 
 
 def test_names_of_demos_that_are_free(tmp_path, monkeypatch):
