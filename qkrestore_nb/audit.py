@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING: from matplotlib.figure import Figure  # imported with matplotlib only where one is drawn
 
-from .checkpoints import CheckpointError, scratch
+from .checkpoints import CheckpointError, scratch, write_whole
 from .core import colors, plot_style, provenance, wilson
 from .finetune import json_lines
 
@@ -238,12 +238,11 @@ def page(
     plt.close(fig)
     shade = dict(zip(("restore", "do not", "inconclusive"), (colors["restored"], colors["post"], colors["softmax"])))[result["verdict"]]
     c, text = result["config"], html.escape(report(result).rsplit("\n", 1)[0])
-    part = file.with_name(file.name + ".part")
-    part.write_text(f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>Audit of {html.escape(c['post'])}</title>
+    made = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>Audit of {html.escape(c['post'])}</title>
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}}pre{{overflow-x:auto;font-size:.8rem}}img{{max-width:100%}}b{{background:{shade};color:#fff;padding:.1em .5em;border-radius:.3em}}</style>
 <h1>Audit</h1><p>{html.escape(c['pre'])} &rarr; {html.escape(c['post'])}</p><p><b>{result['verdict']}</b> {html.escape(result['why'])}.</p>
 <img alt="Recall by length before, after and restored, and the drift of the projections by layer" src="data:image/svg+xml;base64,{base64.b64encode(picture.getvalue()).decode()}">
 <pre>{text}</pre><p>{result['device']}, {result['wall_s']:.0f} s, seed {result['seed']}, {c['haystacks']} haystacks of each kind and length. Intervals of single cells are Wilson's; differences are paired by haystack.</p></html>
-""", encoding="utf-8")
-    part.rename(file)
+"""
+    write_whole(file, [made.encode()])
     return file

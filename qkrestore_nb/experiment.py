@@ -16,7 +16,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .checkpoints import CheckpointError
+from .checkpoints import CheckpointError, scratch, write_whole
 from .core import Profile, pick_profile, provenance
 
 if TYPE_CHECKING:
@@ -178,19 +178,16 @@ def save(
     import torch
     from transformers import GenerationConfig
     from qkrestore_nb.recall import token_id, tokenizer
-    part = folder.with_name(folder.name + ".part")
-    for old in (part, folder): shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     model = copy.deepcopy(model).cpu().to(torch.bfloat16)
     model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=128, pad_token_id=token_id["PAD"], bos_token_id=token_id["BOS"])
-    model.save_pretrained(part)
-    tokenizer().save_pretrained(part)
-    part.rename(folder)
+    with scratch(folder) as work:
+        model.save_pretrained(work / "new")
+        tokenizer().save_pretrained(work / "new")
+        (work / "new").rename(folder)
 
 
-def _write(path: Path, data: dict):
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(data) + "\n")
-    part.replace(path)
+def _write(path: Path, data: dict): write_whole(path, [(json.dumps(data) + "\n").encode()])
 
 
 def _stage(note: Path, seed: int, make: Callable[[], list]) -> dict:

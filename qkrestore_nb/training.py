@@ -6,6 +6,7 @@ __all__ = ['kinds', 'document_positions', 'weighted_loss', 'copy_rows', 'asked_r
 
 # %% ../nbs/06_training.ipynb #6f4cea8c
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -182,9 +183,8 @@ def init_weights(
 # %% ../nbs/06_training.ipynb #5d27c1ae
 def _save(path: Path, **state):
     "All or nothing: a file that was being written when the power went is not the checkpoint."
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    os.replace(part, path)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False) as part: torch.save(state, part)
+    os.replace(part.name, path)
 
 
 @contextmanager

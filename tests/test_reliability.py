@@ -386,6 +386,20 @@ def test_headers_of_wrong_types(tmp_path, change, capsys):
     assert sentence(err) and "not a sound safetensors file" in err and len(err) < 1100
 
 
+def raw_file(file: Path, **entries) -> Path:
+    "Tensors of F32 with offsets as given, and as many bytes as the last of them needs."
+    text = json.dumps({n: dict(dtype="F32", shape=shape, data_offsets=at) for n, (shape, at) in entries.items()}).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(max(at[1] for _, at in entries.values())))
+    return file
+
+
+@pytest.mark.parametrize("entries, says", [(dict(a=([4], [0, 16]), b=([4], [0, 16])), "overlaps"), (dict(a=([4], [0, 16]), b=([4], [8, 24])), "overlaps"), (dict(a=([4], [0, 16]), b=([4], [20, 36])), "hole"),
+                                           (dict(a=([3], [0, 16])), "need another number"), (dict(a=([5], [0, 16])), "need another number"), (dict(a=([4], [4, 20])), "hole")])
+def test_headers_that_are_wrong_in_one_thing(tmp_path, entries, says):
+    with pytest.raises(CheckpointError, match=says): checkpoints.read_header(raw_file(tmp_path / "a.safetensors", **entries))
+    assert len(checkpoints.read_header(raw_file(tmp_path / "b.safetensors", a=([4], [0, 16]), b=([4], [16, 32])))) == 2
+
+
 @pytest.mark.parametrize("meta", [False, [], -0.0, "x", 0, {"a": 1}])
 def test_metadata_that_is_none(tmp_path, meta):
     from conftest import _edit, _header
@@ -583,7 +597,8 @@ def heavy(tmp_path_factory):
 
 def _start(root, *words):
     return subprocess.Popen([sys.executable, "-c", "from qkrestore_nb.cli import main; main()", "restore", str(root / "pre"), str(root / "post"), *map(str, words)],
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                            preexec_fn=lambda: [signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGHUP)])  # nohup and & ignore them
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -769,3 +784,19 @@ def test_pickled_weights_are_not_trained(base, tmp_path, capsys):
     torch.save(Evil(tmp_path / "PWNED"), pre / "pytorch_model.bin")
     assert call("finetune", pre, base / "sums.jsonl", tmp_path / "post") == 2
     assert "pickled weights" in (err := capsys.readouterr().err) and sentence(err) and not (tmp_path / "PWNED").exists()
+
+
+# ---- every other file that is written under another name first
+
+def test_no_writer_follows_a_link_of_its_old_name(tmp_path, secret):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from qkrestore_nb import experiment, training
+    (tmp_path / "a.part").symlink_to(secret), (tmp_path / "m.part").symlink_to(secret.parent)
+    experiment._write(tmp_path / "a.json", dict(x=1))
+    training._save(tmp_path / "a.pt", x=torch.ones(1))
+    assert json.loads((tmp_path / "a.json").read_text()) == dict(x=1) and torch.load(tmp_path / "a.pt")["x"] == 1
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2))
+    experiment.save(model, tmp_path / "m")
+    assert (tmp_path / "m" / "config.json").exists() and secret.read_text() == "mine\n" and [p.name for p in secret.parent.iterdir()] == [secret.name]
+    assert not [p for p in tmp_path.glob(".*.part")]

@@ -1,4 +1,4 @@
-"Statistics over seeds: intervals that hold what they promise, files that belong together, and pairs that are paired."
+"Statistics over seeds: t intervals against scipy's own, paired differences, what is counted, and what is refused."
 import json
 
 import numpy as np
@@ -6,79 +6,84 @@ import pytest
 from scipy import stats
 
 from qkrestore_nb.experiment import cell
-from qkrestore_nb.study import accuracy, difference, load, needles, t_interval, within
+from qkrestore_nb.study import Estimate, accuracy, by_length, difference, load, needles, t_interval, within
+
+TESTS = ("S1", "S2", "S3", "MK")
 
 
-def test_the_interval_is_students():
-    x = np.array([24., 31., 16., 33., 25.])
-    got, wanted = t_interval(x), stats.ttest_1samp(x, 0).confidence_interval(.95)
-    assert (got.low, got.high) == pytest.approx(tuple(wanted)) and got.mean == pytest.approx(x.mean())
-    assert t_interval(x, .8).low > got.low and str(got) == f"{got.mean:+.1f} ({got.low:+.1f} to {got.high:+.1f})"
-    for few in ([], [1.]):
-        with pytest.raises(ValueError, match="at least two units: give more seeds or more haystacks"): t_interval(few)
-
-
-@pytest.mark.parametrize("n, draw", [(5, lambda g, n: g.normal(3, 2, n)), (10, lambda g, n: g.normal(0, 9, n)), (10, lambda g, n: g.uniform(-1, 1, n)),
-                                     (10, lambda g, n: g.binomial(64, .7, n) / 64 - .7)])
-def test_ninety_five_of_a_hundred_intervals_hold_the_truth(n, draw):
-    truth, g = 3. if n == 5 else 0., np.random.default_rng(n)
-    made = [t_interval(draw(g, n)) for _ in range(1500)]
-    assert .93 < np.mean([e.low <= truth <= e.high for e in made]) < .97
-    assert np.mean([e.low <= truth + 2 * e.units.std() <= e.high for e in made]) < .9  # elsewhere they do not
-
-
-def made_up(seed: int, **shift: float) -> dict:
-    "A result file: variants answer the same questions, hard ones and easy ones, one a little better than the other."
-    rng = np.random.default_rng(seed)
-    hard = dict(S1=rng.random((6, 1, 5)), MK=rng.random((3, 8, 5)))
-    scores = {}
-    for v, s in shift.items():
-        scores[v] = {t: {"1024": cell(x < s, x[..., :2].max(-1) < s)} for t, x in hard.items()}
-        scores[v] |= {f"cot-{t}": {"8": cell(rng.random((4, 1)) < .5)} for t in "MADH"}
-    return dict(seed=seed, sft_seed=0, config=dict(kind="near"), scores=scores)
+def scores(rng, easy: float) -> dict:
+    "Random answers of two tokens: 6 haystacks of 4 questions."
+    def one(): return cell(rng.random((6, 4, 2)) < easy, rng.random((6, 4)) < easy)
+    return {t: {"1024": one(), "16384": one()} for t in TESTS} | {f"cot-{t}": {"8": cell(rng.random((10, 1)) < easy)} for t in "MADH"}
 
 
 @pytest.fixture
-def runs(): return [made_up(seed, post=.6 + .05 * seed, qk=.8 + .05 * seed) for seed in range(3)]
+def folder(tmp_path):
+    "Three seeds of near, one of them fine-tuned twice, and one of packed."
+    for seed, sft_seed, kind in ((3, 0, "near"), (1, 0, "near"), (2, 0, "near"), (2, 1, "near"), (1, 0, "packed")):
+        rng = np.random.default_rng([seed, sft_seed])
+        run = dict(seed=seed, sft_seed=sft_seed, config=dict(kind=kind), scores={v: scores(rng, p) for v, p in (("pre", .98), ("post", .6), ("qk", .8), ("vo", .6), ("average 0.9", .7))})
+        (tmp_path / f"m-{kind}-seed{seed}{'-sft1' * sft_seed}.json").write_text(json.dumps(run))
+    return tmp_path
 
 
-def test_accuracy_is_what_the_cells_say(runs):
-    cells = [("S1", 1024), ("MK", 1024)]
-    for count in ("lookup", "exact"):
-        wanted = [50 * sum(r["scores"]["qk"][t]["1024"][count] / r["scores"]["qk"][t]["1024"]["n"] for t in ("S1", "MK")) for r in runs]
-        assert accuracy(runs, "qk", cells, count) == pytest.approx(wanted) and len(set(wanted)) > 1
-    chains = [25 * sum(r["scores"]["qk"][f"cot-{t}"]["8"]["exact"] / 4 for t in "MADH") for r in runs]
-    assert accuracy(runs, "qk", [("chains", 8)]) == pytest.approx(chains)
-    first = [100 * (np.random.default_rng(s).random((6, 1, 5))[..., 0] < .8 + .05 * s).mean() for s in range(3)]
-    assert accuracy(runs, "qk", [("S1", 1024)], "first") == pytest.approx(first)
-    assert needles(16384) == [("S1", 16384), ("S2", 16384), ("S3", 16384), ("MK", 16384)]
+@pytest.mark.parametrize("level", [.9, .95])
+def test_the_interval_is_students(level):
+    x = np.random.default_rng(0).normal(3, 2, 10)
+    low, high = stats.t.interval(level, 9, x.mean(), stats.sem(x))
+    got = t_interval(x, level)
+    assert (got.low, got.high) == pytest.approx((low, high)) and got.mean == pytest.approx(x.mean())
+    assert str(Estimate(np.array([1., 2.]), -.04, 3.06)) == "+1.5 (-0.0 to +3.1)"
+    for few in ([], [1.]):
+        with pytest.raises(ValueError, match="at least two units"): t_interval(few)
 
 
-def test_differences_are_paired(runs):
-    "Seeds differ much more than variants do within a seed: paired, the interval is the narrower one."
-    for run, base in zip(runs, (.2, .5, .8)): run["scores"] = made_up(run["seed"], post=base, qk=base + .1)["scores"]
-    cells = [("MK", 1024)]
-    qk, post = (accuracy(runs, v, cells, "first") for v in ("qk", "post"))
-    got, alone, back = difference(runs, "qk", "post", cells, "first"), t_interval(qk), difference(runs, "post", "qk", cells, "first")
-    assert got.units == pytest.approx(qk - post) and 0 < got.mean and got.high - got.low < .5 * (alone.high - alone.low)
-    assert (back.mean, back.low, back.high) == pytest.approx((-got.mean, -got.high, -got.low))
+def test_runs_by_seed_and_those_that_do_not_belong_together(folder):
+    assert [r["seed"] for r in load(folder, "near", "m")] == [1, 2, 3] and [r["seed"] for r in load(folder, "near", "m", 1)] == [2]
+    with pytest.raises(ValueError, match="no m-far-seed"): load(folder, "far", "m")
+    other = json.loads((folder / "m-near-seed3.json").read_text())
+    (folder / "m-near-seed3.json").write_text(json.dumps(other | dict(config=dict(kind="near", lr=1))))
+    with pytest.raises(ValueError, match="different recipes"): load(folder, "near", "m")
 
 
-def test_within_one_model_haystacks_are_the_units(runs):
-    x = np.random.default_rng(2)
-    x.random((6, 1, 5))
-    hard = x.random((3, 8, 5))[..., :2].max(-1)
-    got = within(runs[2]["scores"], "qk", "post", "MK", 1024)
-    assert got.units == pytest.approx(100 * ((hard < .9).mean(1) - (hard < .7).mean(1))) and len(got.units) == 3
-    assert within(runs[2]["scores"], "qk", "qk", "MK", 1024).units.tolist() == [0, 0, 0]
+def test_what_is_counted(folder):
+    "Against the bits, by hand."
+    runs = load(folder, "near", "m")
+    for count in ("lookup", "exact", "first"):
+        by_hand = []
+        for run in runs:
+            rng, share = np.random.default_rng([run["seed"], 0]), {}
+            for variant, easy in (("pre", .98), ("post", .6)):
+                for t in TESTS:
+                    for x in ("1024", "16384"):
+                        tokens, lookup = rng.random((6, 4, 2)) < easy, rng.random((6, 4)) < easy
+                        share[variant, t, x] = 100 * dict(lookup=lookup, exact=tokens.all(-1), first=tokens[..., 0])[count].mean()
+                for _ in "MADH": rng.random((10, 1))
+            by_hand.append(np.mean([share["post", t, "16384"] for t in TESTS]))
+        assert accuracy(runs, "post", needles(16384), count) == pytest.approx(by_hand)
+    chains = [np.mean([r["scores"]["qk"][f"cot-{t}"]["8"]["exact"] / 10 for t in "MADH"]) * 100 for r in runs]
+    assert accuracy(runs, "qk", [("chains", 8)], "exact") == pytest.approx(chains) == accuracy(runs, "qk", [("chains", 8)])
+    with pytest.raises(KeyError): accuracy(runs, "nothing", needles(16384))
 
 
-def test_files_that_belong_together(runs, tmp_path):
-    for run in runs[::-1]: (tmp_path / f"hypenet7m-near-seed{run['seed']}.json").write_text(json.dumps(run))
-    (tmp_path / "hypenet7m-near-seed0-sft1.json").write_text(json.dumps(dict(runs[0], sft_seed=1)))
-    (tmp_path / "silu7m-near-seed0.json").write_text("[]")
-    assert [(r["seed"], r["sft_seed"]) for r in load(tmp_path)] == [(0, 0), (1, 0), (2, 0)]
-    assert [(r["seed"], r["sft_seed"]) for r in load(tmp_path, sft_seed=1)] == [(0, 1)]
-    with pytest.raises(ValueError, match="no hypenet7m-far-seed.*run `qkrestore experiment` first"): load(tmp_path, "far")
-    (tmp_path / "hypenet7m-near-seed9.json").write_text(json.dumps(dict(runs[0], seed=9, config=dict(kind="near", steps=2))))
-    with pytest.raises(ValueError, match="come from different recipes: name those of one"): load(tmp_path)
+def test_differences_are_paired(folder):
+    "Within a seed first: what seeds have in common does not widen the interval."
+    runs = load(folder, "near", "m")
+    d = difference(runs, "qk", "post", needles(1024))
+    assert d.units == pytest.approx(accuracy(runs, "qk", needles(1024)) - accuracy(runs, "post", needles(1024))) and d.low < d.mean < d.high
+    assert difference(runs, "qk", "qk", needles(1024)).high == 0
+    one = within(runs[0]["scores"], "qk", "post", "S3", 1024, "exact")
+    assert len(one.units) == 6  # haystacks, and not questions
+    s = runs[0]["scores"]
+    assert one.mean == pytest.approx(100 * (s["qk"]["S3"]["1024"]["exact"] - s["post"]["S3"]["1024"]["exact"]) / 24)
+
+
+def test_lines_by_length(folder):
+    import matplotlib.pyplot as plt
+    runs = load(folder, "near", "m")
+    ax = plt.figure().subplots()
+    by_length(ax, runs, (1024, 16384), "exact")
+    thick = {line.get_label(): line.get_ydata() for line in ax.lines if line.get_lw() > 2}
+    assert list(thick) == ["before SFT", "Q,K restored", "all weights at 0.9", "V,O restored", "after SFT"] and len(ax.lines) == 5 + 2 * 3
+    assert thick["after SFT"][1] == pytest.approx(accuracy(runs, "post", needles(16384), "exact").mean())
+    plt.close("all")
