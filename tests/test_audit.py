@@ -61,13 +61,13 @@ def result(tmp_path_factory):
 
 
 def test_an_audit_of_the_shipped_pair(result):
-    from qkrestore_nb.recall import recall_test, right
+    from qkrestore_nb.recall import recall_test, score
     from qkrestore_nb.scale import load
     assert result["verdict"] in ("restore", "do not", "inconclusive") and result["differences"]["damage"][0] < 0
     assert {"seed", "config", "versions", "device", "wall_s"} <= result.keys() and json.loads(json.dumps(result, default=list))
     cell = result["scores"]["post"]["MF"]["512"]
     model, _ = load(pair() / "post", 512, "cpu")
-    assert int(right(model, recall_test("MF", 4, 512, 8, 0), rows=8).sum()) == cell["correct"] and cell["n"] == 32 == sum(n for _, n in cell["each"])
+    assert int(score(model, recall_test("MF", 4, 512, 8, 0)).exact.sum()) == cell["correct"] and cell["n"] == 32 == sum(n for _, n in cell["each"])
     softmax = {r["layer"] for r in result["drift"] if r["kind"] == "softmax"}
     assert softmax and {r["role"] for r in result["drift"]} == set("qkvo")
     each = {n: [h for c in s.values() for x in c.values() for h in x["each"]] for n, s in result["scores"].items()}

@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qkrestore_nb import experiment
 from qkrestore_nb.checkpoints import CheckpointError
-from qkrestore_nb.experiment import SFT, alternatives, bits, cell, decisive, evaluate, model_fields, models, recipes, run, sfts
+from qkrestore_nb.cli import main
+from qkrestore_nb.experiment import (SFT, alternatives, bits, cell, decisive, demo, evaluate, figure, model_fields, models, names, pair,
+                                     recipes, run, sfts, share, table, verdict)
 from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM
 from qkrestore_nb.reasoning import reasoning_test, solved
 from qkrestore_nb.recall import recall_test, score, token_id
@@ -218,6 +220,21 @@ def test_a_checkpoint_is_complete_or_not_there(quick, asked, tmp_path, monkeypat
     assert not (out / "other").exists()
 
 
+def test_several_seeds_and_every_repair_in_one_command(quick, asked, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    words = ["experiment", "--profile", "smoke", "--out", str(tmp_path / "two"), "--seed", "1,3-3", "--kinds", "direct", "--full"]
+    with pytest.raises(SystemExit) as e: main(words)
+    assert not e.value.code and sorted(p.name for p in (tmp_path / "two").iterdir()) == ["seed1", "seed3"]
+    for n in (1, 3):
+        scores = json.loads((tmp_path / "two" / f"seed{n}" / f"hypenet7m-direct-seed{n}.json").read_text())["scores"]
+        assert list(scores) == [*decisive, *alternatives]
+    said = capsys.readouterr().out
+    assert "direct, seed 1\n" in said and "direct, seed 3\n" in said and "nothing to restore" in said and "Q,K restored" in said
+    for seed, why in (("one", "give a number"), ("3-1", "names no seed")):
+        with pytest.raises(SystemExit) as e: main(["experiment", "--seed", seed])
+        assert e.value.code == 2 and why in capsys.readouterr().err
+
+
 # ---- what is refused
 
 @pytest.mark.parametrize("wrong, why", [
@@ -282,3 +299,80 @@ def test_every_model_can_be_built(name, millions):
 
 def test_decisive_and_alternative_repairs_are_told_apart():
     assert len({*decisive, *alternatives}) == len(decisive) + len(alternatives)
+
+
+# ---- the shipped pair and its demo
+
+SIZES = dict(recall=dict(MF=[(256, 1, 8)]), steps=(1,), problems=2)
+
+
+def test_demo(tmp_path, monkeypatch):
+    "Five models, the same questions each time; the folders are the shipped checkpoints and the restored one; --packed takes the sibling."
+    monkeypatch.setattr(experiment, "demo_sizes", SIZES)
+    one, packed = demo(tmp_path / "a"), demo(tmp_path / "c", packed=True)
+    first, third = (json.loads((f / "demo.json").read_text()) for f in (one, packed))
+    assert {"seed", "config", "versions", "device", "wall_s", "scores"} <= first.keys() and list(first["scores"]) == list(names)
+    assert first["scores"]["pre"] == third["scores"]["pre"] and first["scores"]["post"] != third["scores"]["post"]
+    assert [r["config"]["packed"] for r in (first, third)] == [False, True] and (one / "demo.png").stat().st_size > 5000
+    for out, sibling in ((one, "post"), (packed, "packed")):
+        for name, source in (("pre", "pre"), ("post", sibling)):
+            assert (out / name / "model.safetensors").read_bytes() == (pair() / source / "model.safetensors").read_bytes()
+        pre, post, restored = (weights(out / name) for name in ("pre", "post", "restored"))
+        for n, w in restored.items(): assert torch.equal(w, pre[n] if re.search(QK, n) else post[n])
+    model = HypeNetForCausalLM.from_pretrained(one / "restored", dtype=torch.float32)
+    assert evaluate(model, **SIZES)["MF"] == {"256": {**first["scores"]["qk"]["MF"]["256"], "shape": (1, 8, 5)}}
+    with pytest.raises(CheckpointError, match="exists: choose a name that is free with --out"): demo(one)
+    with pytest.raises(CheckpointError, match="there is no folder .* to put new into: make it first"): demo(tmp_path / "no" / "new")
+
+
+def test_the_demo_on_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(experiment, "demo_sizes", dict(recall=dict(S3=[(128, 1, 1)]), steps=(1,), problems=1))
+    with pytest.raises(SystemExit) as e: main(["demo", "--packed", "--out", str(tmp_path / "here")])
+    scores, said = json.loads((tmp_path / "here" / "demo.json").read_text())["scores"], capsys.readouterr().out
+    assert not e.value.code and table(scores) in said and verdict(scores) in said and str(tmp_path / "here" / "demo.png") in said
+
+
+def test_names_of_demos_that_are_free(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("qkrestore-demo", "qkrestore-demo-2", "qkrestore-demo-3"):
+        assert experiment._free(None, "qkrestore-demo").name == name
+        (tmp_path / name).mkdir()
+
+
+def made_up(pre: int, post: int, qk: int, vo: int, chains: int = 9) -> dict:
+    "Scores of ten questions a cell; look-up is one better than exact match."
+    scores = {}
+    for v, k in dict(pre=pre, post=post, qk=qk, vo=vo, **{"average 0.9": post}).items():
+        scores[v] = {"S3": {"4096": dict(exact=k, lookup=k + 1, n=10)}, "MF": {"1024": dict(exact=k, lookup=k + 1, n=10)}}
+        scores[v] |= {f"cot-{t}": {"8": dict(exact=chains, n=10)} for t in "MADH"}
+    return scores
+
+
+def test_table_verdict_and_figure_say_what_the_counts_say():
+    scores = made_up(9, 2, 7, 3)
+    assert share(scores["qk"], [("S3", "4096"), ("MF", "1024")]) == 70 and share(scores["qk"], [("S3", "4096")], "lookup") == 80
+    lines = table(scores).splitlines()
+    assert len(lines) == 4 and re.findall(r"\d+ \(\d+\)", lines[1]) == ["90 (100)", "20 (30)", "70 (80)", "30 (40)", "20 (30)"]
+    assert lines[3].split()[:3] == ["8-step", "chains", "90"] and lines[3].split()[-1] == "40" and "(" not in lines[3]
+    assert verdict(scores) == ("Fine-tuning took 70 of 90 points of recall. Restoring Q and K of the softmax layers recovers 50 of them, V and O 10. "
+                               "Chains stay at 90% (90% after SFT).")
+    assert verdict(made_up(9, 9, 9, 9)) == "Fine-tuning took 0 points of recall here: there is nothing to restore."
+    ax = figure(scores).axes[0]
+    assert ax.get_title(loc="left").replace("\n", " ") == verdict(scores)
+    assert sorted(round(b.get_height()) for b in ax.patches if b.get_x() < .5) == [20, 20, 30, 30, 30, 40, 70, 80, 90, 100]
+
+
+def test_the_demos_table_has_ten_lines_at_most():
+    cells = {t: {str(c[0]): dict(exact=1, lookup=1, n=2) for c in x} for t, x in experiment.demo_sizes["recall"].items()}
+    cells |= {f"cot-{t}": {str(n): dict(exact=1, n=2) for n in experiment.demo_sizes["steps"]} for t in "MADH"}
+    assert len(table(dict.fromkeys(names, cells)).splitlines()) <= 10
+
+
+def test_the_shipped_numbers_are_the_shipped_checkpoints():
+    "The record's MF score at 1K, evaluated again here: the same questions, another machine and float32 instead of bfloat16."
+    record = json.loads((pair() / "provenance.json").read_text())
+    sizes = next(s for s in record["config"]["recipe"]["long"]["recall"]["MF"] if s[0] == 1024)
+    for folder, then in (("post", record["scores"]["post"]), ("packed", record["packed"]["scores"]["post"])):
+        model = HypeNetForCausalLM.from_pretrained(pair() / folder, dtype=torch.float32)
+        here, then = evaluate(model, dict(MF=[sizes]), steps=(), seed=record["seed"])["MF"]["1024"], then["MF"]["1024"]
+        assert here["n"] == then["n"] and (bits(here) == bits(then)).mean() > .95 and abs(here["exact"] - then["exact"]) <= .03 * then["n"]
