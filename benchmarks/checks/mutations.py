@@ -120,7 +120,7 @@ MUTANTS = [
     ("audit", "    e = d + [1., -1.]", "    e = d + d", PINNED, "paired"),
     ("audit", "/ (len(e) - 1) / len(e))", "/ len(e) / len(e))", PINNED, "paired"),
     ("audit", "    if damage[1] > -margin:", "    if damage[1] > margin:", "tests/test_audit.py", "rule"),
-    ("audit", "    if regained[1] <= 0: return", "    if regained[1] <= -50: return", "tests/test_audit.py", "rule"),
+    ("audit", "    if regained[1] <= 0:\n", "    if regained[1] <= -50:\n", "tests/test_audit.py", "rule"),
     ("audit", "plain(found[-1])", "plain(found[0])", "tests/test_audit.py", "answer or task"),
     ("diagnostics", "draw = np.random.default_rng(seed).multinomial(len(x), np.full(len(x), 1 / len(x)), samples).astype(float)", "draw = np.ones((samples, len(x)))", PINNED, "bootstrap or width"),
     # ---- fine-tuning
