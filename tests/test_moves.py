@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from conftest import NAME, hypenet_config, snapshot, tensors, write_checkpoint
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_families import CASES, model
 
 import qkrestore_nb
@@ -36,7 +36,9 @@ def rows_of(post: dict, pre: dict, out: dict) -> dict:
 # ---- the front door
 
 def test_the_front_door():
-    from qkrestore_nb import plan as a, qk_restore as b, undo, verify
+    from qkrestore_nb import plan as a
+    from qkrestore_nb import qk_restore as b
+    from qkrestore_nb import undo, verify
     assert (a, b) == (plan, qk_restore) and callable(undo) and callable(verify) and "qk_pro" in dir(qkrestore_nb) and qkrestore_nb.qk_pro is qk_pro
     with pytest.raises(AttributeError, match="no attribute 'qk_resort'"): qkrestore_nb.qk_resort
     assert issubclass(CheckpointError, UserError) and issubclass(UserError, ValueError)

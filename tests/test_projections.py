@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from test_diagnostics import Unhookable, _half, hybrid, llama, text
 from transformers import GPT2Config, MistralConfig, Qwen2Config
 
 from qkrestore_nb import hypenet
 from qkrestore_nb.diagnostics import _loss, _rows
 from qkrestore_nb.projections import far_bound, projection_gradients
-from test_diagnostics import Unhookable, _half, hybrid, llama, text
 
 NAMES = dict(Q="q_proj", K="k_proj", V="v_proj", O="o_proj")
 
