@@ -104,10 +104,11 @@ def reasoning_test(
     B: int,                # problems
     seed: int = 0,
     chain: str = "near",   # as in `problem`
+    rules: int = 4,        # as in `problem`: pre-training knows the first two
 ) -> tuple[np.ndarray, np.ndarray]:
     "One problem a row, as long as the longest: ids (B, T) and known (B, T)."
     rng = np.random.default_rng([seed, n, *task.encode()])
-    problems = [problem(rng, task, n, chain) for _ in range(B)]
+    problems = [problem(rng, task, n, chain, rules) for _ in range(B)]
     return pack(problems + problems[:1], B, max(len(ids) for ids, _ in problems))
 
 # %% ../nbs/05_reasoning.ipynb #1cdbe6e2
