@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qkrestore_nb import experiment
+from qkrestore_nb import experiment, training
 from qkrestore_nb.checkpoints import CheckpointError
 from qkrestore_nb.cli import main
 from qkrestore_nb.experiment import (SFT, alternatives, bits, cell, decisive, demo, evaluate, figure, model_fields, models, names, pair,
@@ -143,6 +143,19 @@ def test_a_probe_that_was_cut_is_made_when_the_run_goes_on(quick, asked, tmp_pat
     monkeypatch.setattr(experiment, "evaluate", evaluate)
     with pytest.raises(KeyboardInterrupt): run("smoke", tmp_path / "run", variants=())
     monkeypatch.setattr(experiment, "evaluate", note)
+    run("smoke", tmp_path / "run", variants=())
+    assert [p["step"] for p in json.loads((tmp_path / "run" / "hypenet7m-near-seed0.json").read_text())["probes"]] == [2, 4]
+
+
+def test_a_probe_is_made_once(quick, asked, tmp_path, monkeypatch):
+    "Cut after the probe and before the run was saved: the step is walked again, and its probe is there already."
+    real = training._save
+    def save(path, **state):
+        if path.name == "near.pt": raise KeyboardInterrupt
+        real(path, **state)
+    monkeypatch.setattr(training, "_save", save)
+    with pytest.raises(KeyboardInterrupt): run("smoke", tmp_path / "run", variants=())
+    monkeypatch.setattr(training, "_save", real)
     run("smoke", tmp_path / "run", variants=())
     assert [p["step"] for p in json.loads((tmp_path / "run" / "hypenet7m-near-seed0.json").read_text())["probes"]] == [2, 4]
 
