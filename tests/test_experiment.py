@@ -208,6 +208,20 @@ def test_a_second_seed_of_fine_tuning_stands_beside_the_first(quick, asked, tmp_
     assert any(not torch.equal(a[n], b[n]) for n in a) and again["sft"]["seed"] == 1002
 
 
+def test_steps_and_rates_of_the_kinds(quick, asked, tmp_path, monkeypatch):
+    "What the training loop is told, against the recipe's 4 steps at 1e-2."
+    told = {}
+    def note(model, batch, steps, lr, file, loss, **how):
+        if file.stem != "pretraining": told[file.stem] = steps, lr, batch.keywords, loss.keywords
+        file.touch()
+        return []
+    monkeypatch.setattr(training, "train", lambda *args, file, loss=None, **how: note(*args, file=file, loss=loss, **how))
+    run("smoke", tmp_path / "run", seed=3, kinds=("near", "lr1e_4", "twice", "half", "lora3", "borders"), variants=())
+    assert {k: (x[0], pytest.approx(x[1])) for k, x in told.items()} == dict(near=(4, 1e-2), lr1e_4=(4, 2e-3), twice=(8, 1e-2), half=(2, 1e-2), lora3=(4, 3e-2),
+                                                                              borders=(2, 1e-2))
+    assert told["near"][2:] == (dict(seed=3, rows=8), dict(borders=False)) and told["borders"][2:] == (dict(seed=3, rows=8, T=2048, packed=True), dict(borders=True))
+
+
 def test_frozen_slow_and_lora(quick, asked, tmp_path):
     out = run("smoke", tmp_path / "run", kinds=("near", "frozen", "slow", "lora10"), variants=())
     pre, near, frozen, slow, lora = (weights(out / name) for name in ("pre", "near", "frozen", "slow", "lora10"))
