@@ -13,12 +13,13 @@ import re
 import time
 from math import sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 if TYPE_CHECKING: from matplotlib.figure import Figure  # imported with matplotlib only where one is drawn
 
-from .checkpoints import CheckpointError, scratch, write_whole
+from .checkpoints import CheckpointError, read_config, scratch
 from .core import colors, plot_style, provenance, wilson
+from .families import Choice, known_family, layer_kinds
 from .finetune import json_lines
 
 # %% ../nbs/13b_audit.ipynb #f5af833e
@@ -37,26 +38,65 @@ def paired(
     return 100 * sum(d) / len(d), 100 * max(-1., mean - half), 100 * min(1., mean + half)
 
 # %% ../nbs/13b_audit.ipynb #7973b00a
-margin = 5.  # points: a smaller change is not worth a decision
+margin = 5.0  # points: a smaller change is not worth a decision
 
 
 def verdict(
-    damage: tuple,    # `paired` of pre and post on recall
+    damage: tuple,  # `paired` of pre and post on recall
     regained: tuple,  # of post and restored on recall
     reasoning: tuple | None = None,  # of post and restored on tasks
-    gained: tuple | None = None,     # of pre and post on tasks
+    gained: tuple | None = None,  # of pre and post on tasks
+    before: float | None = None,  # percent that pre gets right; None: not asked
+    moved: bool = True,  # whether anything that a restore would put back has changed at all
 ) -> tuple[str, str]:
     "'restore', 'do not' or 'inconclusive', and why."
     said = lambda x: "{:+.0f} points ({:+.0f} to {:+.0f})".format(*x)
-    if regained[2] < 0: return "do not", f"the restore makes recall worse: {said(regained)}"
-    if damage[1] > -margin: return "do not", f"fine-tuning has not damaged recall at these lengths: {said(damage)}"
-    if damage[2] >= 0: return "inconclusive", f"recall may or may not be damaged: {said(damage)}. Ask more haystacks, or longer ones"
-    if regained[2] < margin: return "do not", f"recall is damaged, {said(damage)}, and Q and K do not bring it back: {said(regained)}"
-    if regained[1] <= 0: return "inconclusive", f"recall is damaged, {said(damage)}, and the restore may or may not help: {said(regained)}. Ask more haystacks"
-    if reasoning is None: return "restore", f"recall is damaged, {said(damage)}, and the restore regains {said(regained)}. Reasoning was not asked: give a file of tasks before you trust this"
-    if reasoning[2] < 0: return "inconclusive", f"a trade: the restore regains {said(regained)} of recall and changes reasoning by {said(reasoning)}. Look at QK-Pro, which balances the two"
-    if reasoning[1] < -2 * margin: return "inconclusive", f"the restore regains {said(regained)} of recall, and too few tasks were asked to say what it does to reasoning: {said(reasoning)}"
-    return "restore", f"recall is damaged, {said(damage)}, the restore regains {said(regained)}, and reasoning changes by {said(reasoning)}"
+    if before is not None and before < margin:
+        return (
+            "inconclusive",
+            f"before fine-tuning {before:.0f}% were right: where nothing is found, no damage can be seen. Ask "
+            f"shorter lengths",
+        )
+    if not moved:
+        damaged = f"recall is damaged, {said(damage)}, and " if damage[2] < 0 else ""
+        return "do not", f"{damaged}W_Q and W_K of these layers did not move in fine-tuning: they are not to blame"
+    if regained[2] < 0:
+        return "do not", f"the restore makes recall worse: {said(regained)}"
+    if damage[1] > -margin:
+        return "do not", f"fine-tuning has not damaged recall at these lengths: {said(damage)}"
+    if damage[2] >= 0:
+        return "inconclusive", f"recall may or may not be damaged: {said(damage)}. Ask more haystacks, or longer ones"
+    if regained[2] < margin:
+        return "do not", f"recall is damaged, {said(damage)}, and Q and K do not bring it back: {said(regained)}"
+    if regained[1] <= 0:
+        return (
+            "inconclusive",
+            f"recall is damaged, {said(damage)}, and the restore may or may not help: {said(regained)}. Ask "
+            f"more haystacks",
+        )
+    if reasoning is None:
+        return (
+            "restore",
+            f"recall is damaged, {said(damage)}, and the restore regains {said(regained)}. Reasoning was not asked: "
+            f"give a file of tasks before you trust this",
+        )
+    if reasoning[2] < 0:
+        return (
+            "inconclusive",
+            f"a trade: the restore regains {said(regained)} of recall and changes reasoning by {said(reasoning)}. "
+            f"Look at QK-Pro, which balances the two",
+        )
+    if reasoning[1] < -2 * margin:
+        return (
+            "inconclusive",
+            f"the restore regains {said(regained)} of recall, and too few tasks were asked to say what it does to "
+            f"reasoning: {said(reasoning)}",
+        )
+    return (
+        "restore",
+        f"recall is damaged, {said(damage)}, the restore regains {said(regained)}, and reasoning changes by "
+        f"{said(reasoning)}",
+    )
 
 # %% ../nbs/13b_audit.ipynb #cf9970e2
 def _ours(tokenizer) -> bool: return {"QM", "DOT", "k127"} <= tokenizer.get_vocab().keys()
@@ -119,24 +159,48 @@ def solve(
     return out
 
 # %% ../nbs/13b_audit.ipynb #87320750
-def _drifts(pre, post) -> list[dict]:
-    "Relative change of each projection, by kind of layer."
+def _named(config: dict, choice: Choice) -> tuple[dict, list[str]]:
+    "All projections whose names are known, as keywords of `compare`, and the kinds of layers that are left out."
+    family = known_family(config)
+    if choice.get("tensors") or not family:
+        return dict(choice), []
+    kinds = layer_kinds(config)
+    known = [i for i, kind in enumerate(kinds) if kind in family["named"]]
+    left = sorted({k for k in kinds if k in ("softmax", "swa", "linear")} - set(family["named"]))
+    mla = (choice.get("mla") or "with_latent") if family["mla"] else None
+    parts = family["mla"][mla] if mla else family["parts"]
+    return dict(layers=known, projections="".join(r for r in "qkvo" if r in parts), mla=mla), left
+
+
+def _drifts(pre, post, choice: Choice, allow: str = "") -> tuple[list[dict], list[str], bool]:
+    """Relative change of each projection that is known by name; the kinds of layers that are left out; and whether
+    anything moved that a restore would put back."""
     from qkrestore_nb.inspection import compare
-    seen = compare(pre, post, layers="all", projections="qkvo")
-    return [dict(layer=r["layer"], role=r["role"], kind=seen["kinds"][r["layer"]], drift=r["drift"]) for r in sorted(seen["tensors"], key=lambda r: (r["layer"], r["role"])) if r["role"] in "qkvo"]
 
+    everything, left = _named(read_config(post), choice)
+    seen = compare(pre, post, allow=allow, **everything)
+    rows = sorted(
+        (r for r in seen["tensors"] if r["role"] and r["layer"] is not None), key=lambda r: (r["layer"], r["role"])
+    )
+    drift = [dict(layer=r["layer"], role=r["role"], kind=seen["kinds"][r["layer"]], drift=r["drift"]) for r in rows]
+    moved = any(r["drift"] != 0 for r in compare(pre, post, allow=allow, **choice)["tensors"])
+    return drift, left, moved
 
+# %% ../nbs/13b_audit.ipynb #aa8912bc
 def audit(
-    pre: str | Path,    # checkpoint folder before fine-tuning
-    post: str | Path,   # and after
+    pre: str | Path,  # checkpoint folder before fine-tuning
+    post: str | Path,  # and after
     lengths: tuple = (4096, 16384),  # tokens
     haystacks: int = 16,  # of each kind and length
     tasks: str | Path | None = None,  # file of reasoning tasks
-    room: int = 512,    # tokens that the answer to a task may have
+    room: int = 512,  # tokens that the answer to a task may have
     seed: int = 0,
     device: str | None = None,  # None: cuda where there is one
-    tell=lambda text: None,     # called with what comes next
+    tell=lambda text: None,  # called with what comes next
     trust_remote_code: bool = False,  # as in `scale.needs`
+    *,
+    allow: str = "",  # fields of the configs that may differ, as in `qk_restore`
+    **choice: Unpack[Choice],  # what to restore, as in `qk_restore`
 ) -> dict:
     """Ask pre, post and restored the same; scores, drift, the paired differences and the verdict. Neither folder is touched.
     Raises CheckpointError for checkpoints that cannot be restored or loaded, or tasks that cannot be read."""
@@ -144,32 +208,73 @@ def audit(
     import torch
     from qkrestore_nb.restore import qk_restore
     from qkrestore_nb.scale import load, recall
+
     then, problems = time.perf_counter(), read_tasks(tasks) if tasks else None
     for name, folder in (("PRE", pre), ("POST", post)):
-        if (Path(folder) / "adapter_config.json").exists(): raise CheckpointError(f"{name} {folder} is an adapter: merge it into its base first (peft's merge_and_unload) and audit the result")
+        if (Path(folder) / "adapter_config.json").exists():
+            raise CheckpointError(
+                f"{name} {folder} is an adapter: merge it into its base first (peft's merge_and_unload) and audit "
+                f"the result"
+            )
+    if choice.get("mla") is None and (family := known_family(read_config(post))) and family["mla"]:
+        raise CheckpointError(
+            "this family has latent attention (MLA): choose mla='q_only' (--mla q_only), or mla='with_latent' (--mla "
+            "with_latent)"
+        )
     tell("drift")
-    drift, scores, solved = _drifts(pre, post), {}, {}
+    (drift, left_out, moved), scores, solved = _drifts(pre, post, choice, allow), {}, {}
     with scratch(Path(post).resolve().parent / "audit") as work:
         tell("the restore")
         (work / "new").mkdir()
-        restored = qk_restore(pre, post, out=work / "new" / "restored")
+        restored = qk_restore(pre, post, out=work / "new" / "restored", allow=allow, **choice) if moved else post
         for name, folder in (("pre", pre), ("post", post), ("restored", restored)):
+            if name == "restored" and not moved:  # it would be post again
+                scores[name], solved = scores["post"], solved | ({name: solved["post"]} if problems else {})
+                continue
             model, tokenizer = load(folder, max(lengths), device, trust_remote_code=trust_remote_code)
             say = lambda text: tell(f"{name}: {text}")
-            if _ours(tokenizer): scores[name] = _asked_in_words(model, lengths, haystacks, seed, say)
-            else: scores[name] = recall(model, tokenizer, {k: [(T, haystacks, q) for T in lengths] for k, q in (("single_2", 1), ("single_3", 1), ("multikey_2", 8))}, seed, tell=say)
+            if _ours(tokenizer):
+                scores[name] = _asked_in_words(model, lengths, haystacks, seed, say)
+            else:
+                scores[name] = recall(
+                    model,
+                    tokenizer,
+                    {
+                        k: [(T, haystacks, q) for T in lengths]
+                        for k, q in (("single_2", 1), ("single_3", 1), ("multikey_2", 8))
+                    },
+                    seed,
+                    tell=say,
+                )
             if problems:
                 say("tasks")
                 solved[name] = solve(model, tokenizer, problems, room)
             del model
             gc.collect()
-            if torch.cuda.is_available(): torch.cuda.empty_cache()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
     each = {name: [h for cells in s.values() for c in cells.values() for h in c["each"]] for name, s in scores.items()}
     differences = dict(damage=paired(each["pre"], each["post"]), regained=paired(each["post"], each["restored"]))
-    if problems: differences |= dict(reasoning=paired(solved["post"], solved["restored"]), gained=paired(solved["pre"], solved["post"]))
-    what, why = verdict(**differences)
-    return dict(**provenance(seed, pre=str(pre), post=str(post), lengths=list(lengths), haystacks=haystacks, tasks=tasks and str(tasks)), wall_s=round(time.perf_counter() - then, 1),
-                verdict=what, why=why, differences=differences, scores=scores, tasks={n: dict(correct=sum(c for c, _ in s), n=len(s)) for n, s in solved.items()}, drift=drift)
+    if problems:
+        differences |= dict(
+            reasoning=paired(solved["post"], solved["restored"]), gained=paired(solved["pre"], solved["post"])
+        )
+    right = 100 * sum(c for c, _ in each["pre"]) / max(1, sum(m for _, m in each["pre"]))
+    what, why = verdict(**differences, before=right, moved=moved)
+    return dict(
+        **provenance(
+            seed, pre=str(pre), post=str(post), lengths=list(lengths), haystacks=haystacks, tasks=tasks and str(tasks)
+        ),
+        wall_s=round(time.perf_counter() - then, 1),
+        verdict=what,
+        why=why,
+        differences=differences,
+        scores=scores,
+        tasks={n: dict(correct=sum(c for c, _ in s), n=len(s)) for n, s in solved.items()},
+        drift=drift,
+        drift_left_out=left_out,
+        moved=moved,
+    )
 
 # %% ../nbs/13b_audit.ipynb #3be025b3
 def report(
@@ -189,6 +294,7 @@ def report(
     for kind in dict.fromkeys(r["kind"] for r in result["drift"]):
         means = {p: [r["drift"] for r in result["drift"] if r["kind"] == kind and r["role"] == p and r["drift"] is not None] for p in "qkvo"}
         lines.append(f"drift, {kind} layers: " + ", ".join(f"{p} {sum(m) / len(m):.1%}" for p, m in means.items() if m))
+    for kind in result.get("drift_left_out", []): lines.append(f"drift, {kind} layers: left out, the names of their tensors are not known here")
     return "\n".join([*lines, "", f"Verdict: {result['verdict']}. {result['why'][:1].upper()}{result['why'][1:]}."])
 
 # %% ../nbs/13b_audit.ipynb #f1ee765c
@@ -238,11 +344,12 @@ def page(
     plt.close(fig)
     shade = dict(zip(("restore", "do not", "inconclusive"), (colors["restored"], colors["post"], colors["softmax"])))[result["verdict"]]
     c, text = result["config"], html.escape(report(result).rsplit("\n", 1)[0])
-    made = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>Audit of {html.escape(c['post'])}</title>
+    part = file.with_name(file.name + ".part")
+    part.write_text(f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>Audit of {html.escape(c['post'])}</title>
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}}pre{{overflow-x:auto;font-size:.8rem}}img{{max-width:100%}}b{{background:{shade};color:#fff;padding:.1em .5em;border-radius:.3em}}</style>
 <h1>Audit</h1><p>{html.escape(c['pre'])} &rarr; {html.escape(c['post'])}</p><p><b>{result['verdict']}</b> {html.escape(result['why'])}.</p>
 <img alt="Recall by length before, after and restored, and the drift of the projections by layer" src="data:image/svg+xml;base64,{base64.b64encode(picture.getvalue()).decode()}">
 <pre>{text}</pre><p>{result['device']}, {result['wall_s']:.0f} s, seed {result['seed']}, {c['haystacks']} haystacks of each kind and length. Intervals of single cells are Wilson's; differences are paired by haystack.</p></html>
-"""
-    write_whole(file, [made.encode()])
+""", encoding="utf-8")
+    part.rename(file)
     return file

@@ -503,6 +503,13 @@ def audit(
     haystacks: Annotated[int, typer.Option(help="Of each kind and length.")] = 16,
     tasks: Annotated[Optional[Path], typer.Option(help='Json lines with "prompt" and "answer": reasoning before and after.')] = None,
     room: Annotated[int, typer.Option(help="Tokens that the answer to a task may have.")] = 512,
+    layers: Layers = "softmax",
+    projections: Projections = "qk",
+    heads: Heads = None,
+    rows: Rows = None,
+    mla: Mla = None,
+    tensors: Tensors = None,
+    allow: Allow = "",
     page: Annotated[Optional[Path], typer.Option("--html", help="Write the page into this file.")] = None,
     device: Annotated[Optional[str], typer.Option(help="Such as cuda. Default: a GPU where there is one.")] = None,
     seed: Annotated[int, typer.Option(help="Of the questions.")] = 0,
@@ -516,12 +523,15 @@ def audit(
     import json
     import os
     from qkrestore_nb.audit import audit as look, page as write, report
+    from qkrestore_nb.families import Choice
     if page and os.path.lexists(page): raise CheckpointError(f"{page} exists: choose a name that is free")
     if haystacks < 1: raise CheckpointError(f"--haystacks {haystacks}: ask at least one")
     def tell(text):
         if sys.stderr.isatty(): print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+    choice: Choice = dict(layers=layers, projections=projections, heads=heads, rows=rows, mla=mla, tensors=tensors)
     try:
-        with _told(): result = look(pre, post, tuple(_numbers(lengths, "--lengths")), haystacks, tasks, room, seed, device, tell, trust_remote_code)
+        with _told():
+            result = look(pre, post, tuple(_numbers(lengths, "--lengths")), haystacks, tasks, room, seed, device, tell, trust_remote_code, allow=allow, **choice)
     except ValueError as e: raise CheckpointError(str(e)) from e
     tell("")
     if page: write(result, page)

@@ -57,11 +57,11 @@ class SFT:
     borders: bool = False                     # document borders in packed rows
 
 
-_rows = dict(rows=8, T=2048, packed=True)
-_packed = dict(data=_rows, steps=728 / 1500)  # as many tokens with weight as the recipe has
+_end_to_end = dict(rows=8, T=2048, packed=True)
+_fewer = 728 / 1500  # so that as many tokens have weight as in the recipe
 sfts: dict[str, SFT] = dict(
     near=SFT(), far=SFT(dict(chain="far")),
-    packed=SFT(**_packed), borders=SFT(**_packed, borders=True), packed_long=SFT(_rows), wide=SFT(dict(rows=264)),
+    packed=SFT(_end_to_end, _fewer), borders=SFT(_end_to_end, _fewer, borders=True), packed_long=SFT(_end_to_end), wide=SFT(dict(rows=264)),
     direct=SFT(dict(chain="none", most=1, tasks="MDH")), talk=SFT(dict(talk=True)), MA=SFT(dict(tasks="MA")), DH=SFT(dict(tasks="DH")),
     lr1e_4=SFT(lr=.2), lr2e_4=SFT(lr=.4), lr3e_4=SFT(lr=.6), lr1e_3=SFT(lr=2.), half=SFT(steps=.5), twice=SFT(steps=2.),
     frozen=SFT(qk_lr=0.), slow=SFT(qk_lr=.1), lora1=SFT(rank=16), lora3=SFT(rank=16, lr=3.), lora10=SFT(rank=16, lr=10.),
@@ -126,7 +126,7 @@ def bits(
     shape = cell["shape"] if count != "lookup" else cell["shape"][:-1]
     flat = np.unpackbits(np.frombuffer(bytes.fromhex(cell["lookup_bits" if count == "lookup" else "bits"]), np.uint8))
     out = flat[:np.prod(shape)].reshape(shape).astype(bool)
-    return out.all(-1) if count == "exact" else out
+    return np.asarray(out.all(-1)) if count == "exact" else out
 
 # %% ../nbs/10_amnesia.ipynb #1c0b9270
 @lru_cache(maxsize=64)
@@ -165,7 +165,8 @@ def evaluate(
     for task in tasks:
         for n in steps:
             on_progress(f"{n}-step chains of {task}")
-            scores.setdefault(f"cot-{task}", {})[str(n)] = cell(solved(model, *_problems(task, n, problems, seed, chain), rows=256)[:, None])
+            ids, known = _problems(task, n, problems, seed, chain)
+            scores.setdefault(f"cot-{task}", {})[str(n)] = cell(solved(model, ids, known, rows=256)[:, None])
     return scores
 
 # %% ../nbs/10_amnesia.ipynb #fe6998a7

@@ -128,11 +128,11 @@ def training_needs(
     parameters: int | None = None,    # of the model, where they are counted already
 ) -> dict:
     "GB on each card for fine-tuning with checkpointed activations: state (weights, gradients, moments), activations, logits, total."
-    from qkrestore_nb.families import text_config
+    from qkrestore_nb.families import layer_kinds, text_config
     from qkrestore_nb.scale import _config, needs
     config = _config(checkpoint, trust_remote_code)
     c, parameters = text_config(config.to_dict()), parameters or needs(config, T)["parameters"]
-    d, ffn, layers = c["hidden_size"], c.get("intermediate_size") or 4 * c["hidden_size"], c["num_hidden_layers"]
+    d, ffn, layers = c["hidden_size"], c.get("intermediate_size") or 4 * c["hidden_size"], len(layer_kinds(config.to_dict()))
     whole = (gpus > 1) * (12 * parameters / layers + 8 * c["vocab_size"] * d)  # two layers and a gradient on their way, the embedding and its gradient
     state = 2 * parameters if lora else 16 * parameters / gpus + whole
     gb = dict(state=state, activations=4 * T * layers * d + 2 * T * (8 * d + 5 * ffn), logits=(2 + 4 + 4 + 4) * T * c["vocab_size"])

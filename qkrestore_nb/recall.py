@@ -204,7 +204,7 @@ class Score(NamedTuple):
     @property
     def exact(self) -> np.ndarray:
         "(B, Q) every token of the answer is predicted."
-        return self.tokens.all(-1)
+        return np.asarray(self.tokens.all(-1))
 
 
 def score(

@@ -116,3 +116,63 @@ def test_bad_input(folder, post, tmp_path, capsys):
         said = capsys.readouterr().err
         assert says in said and said.strip().splitlines()[-1].startswith("Error: "), said
     assert snapshot(tmp_path) == before
+
+
+# ---- other families, and what cannot be seen
+
+FAMILIES = ["qwen3_next", "qwen3_5_text", "jamba", "bamba", "granitemoehybrid", "nemotron_h", "zamba2", "minimax", "olmo_hybrid", "kimi_linear", "bailing_hybrid", "lfm2", "falcon_h1", "gpt_oss", "gemma3_text"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_drift_of_what_is_known_by_name(tmp_path, family):
+    "Every softmax layer has its drift; kinds of layers whose tensors are not in the table are left out, and named."
+    from test_families import CASES, model
+    from qkrestore_nb.audit import _drifts
+    from qkrestore_nb.checkpoints import read_config
+    from qkrestore_nb.families import family_of, layer_kinds
+    fields, choice, _ = CASES[family]
+    for seed, folder in ((1, "pre"), (2, "post")): model(family, fields, seed).save_pretrained(tmp_path / folder)
+    drift, left, moved = _drifts(tmp_path / "pre", tmp_path / "post", choice)
+    config = read_config(tmp_path / "post")
+    kinds, named = layer_kinds(config), family_of(config)["named"]
+    shared = family == "zamba2"  # saved under the first layer that uses it
+    assert moved and {r["layer"] for r in drift if r["kind"] == "softmax"} <= {i for i, k in enumerate(kinds) if k == "softmax"} and (shared or {r["layer"] for r in drift} == {i for i, k in enumerate(kinds) if k in named})
+    assert {"q", "k", "o"} <= {r["role"] for r in drift} and all(.3 < r["drift"] < 3 for r in drift)
+    assert left == sorted({k for k in kinds if k in ("softmax", "swa", "linear")} - set(named))
+
+
+def test_q_and_k_that_did_not_move(tmp_path):
+    from qkrestore_nb.audit import _drifts
+    from qkrestore_nb.families import planned_tensors
+    from safetensors.torch import load_file
+    from conftest import hypenet_config, tensors, write_checkpoint
+    pre = write_checkpoint(tmp_path / "pre", 1)
+    post = write_checkpoint(tmp_path / "post", 2, weights=tensors(2) | {n: load_file(pre / "model.safetensors")[n] for n in planned_tensors(hypenet_config())})
+    drift, _, moved = _drifts(pre, post, {})
+    assert not moved and any(r["drift"] for r in drift) and _drifts(pre, post, dict(projections="v"))[2]
+    assert "not to blame" in a.verdict((-40., -50., -30.), (0., -3., 3.), moved=False)[1] and a.verdict((-40., -50., -30.), (0., -3., 3.), moved=False)[0] == "do not"
+    assert a.verdict((-1., -3., 1.), (0., -1., 1.), before=2.)[0] == "inconclusive" != a.verdict((-1., -3., 1.), (0., -1., 1.), before=90.)[0]
+
+
+def test_latent_attention_is_asked_for(tmp_path):
+    from test_families import CASES, model
+    for seed, folder in ((1, "pre"), (2, "post")): model("kimi_linear", CASES["kimi_linear"][0], seed).save_pretrained(tmp_path / folder)
+    with pytest.raises(CheckpointError, match="--mla q_only"): a.audit(tmp_path / "pre", tmp_path / "post")
+
+
+def test_by_hand_and_whole_for_a_family_with_linear_layers(tmp_path, tokenizer, monkeypatch):
+    "From folders to the verdict, for a hybrid whose linear layers are not in the table; and the same by hand. The questions are played: nothing is found."
+    from qkrestore_nb import scale
+    from test_families import CASES, model
+    for seed, folder in ((1, "pre"), (2, "post")):
+        model("qwen3_next", CASES["qwen3_next"][0] | dict(vocab_size=1000, max_position_embeddings=2048), seed).save_pretrained(tmp_path / folder)
+        tokenizer.save_pretrained(tmp_path / folder)
+    asked = []
+    monkeypatch.setattr(scale, "recall", lambda model, *args, **kw: asked.append(model.config.model_type) or {"single_2": {"1024": dict(correct=0, n=2, each=[[0, 1], [0, 1]])}})
+    before = sorted(p.name for p in tmp_path.iterdir())
+    result = a.audit(tmp_path / "pre", tmp_path / "post", lengths=(1024,), haystacks=2, device="cpu")
+    assert result["verdict"] == "inconclusive" and "nothing is found" in result["why"] and result["drift_left_out"] == ["linear"]
+    assert asked == ["qwen3_next"] * 3
+    assert "linear layers: left out" in a.report(result) and sorted(p.name for p in tmp_path.iterdir()) == before
+    hand = a.audit(tmp_path / "pre", tmp_path / "post", lengths=(1024,), haystacks=2, device="cpu", layers=[3], tensors="k_proj")
+    assert {(r["layer"], r["role"]) for r in hand["drift"]} == {(3, "k")}

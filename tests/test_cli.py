@@ -250,3 +250,15 @@ def test_the_choice_reaches_inspect(pair, capsys):
     seen = answer(capsys, "inspect", pair[1], "--layers", "0", "--tensors", "o_proj", "--rows", "0:2")
     assert [(r["tensor"], r["bytes"], r["part"]) for r in seen["tensors"]] == [("model.layers.0.self_attn.o_proj.weight", 32, True)]
     assert len(answer(capsys, "inspect", pair[1], pair[0], "--layers", "0", "--tensors", "o_proj")["tensors"]) == 1
+
+
+def test_needs_of_a_family_that_lists_its_layers(tmp_path, capsys):
+    "Nemotron-H says its layers in a pattern, and transformers keeps no number of them."
+    from test_families import CASES, model
+    model("nemotron_h", CASES["nemotron_h"][0], 1).save_pretrained(tmp_path / "published")
+    config = json.loads((tmp_path / "published" / "config.json").read_text())
+    for key in ("layers_block_type", "layer_types", "num_hidden_layers"): config.pop(key, None)
+    (tmp_path / "published" / "config.json").write_text(json.dumps(config | dict(hybrid_override_pattern="M*-*")))
+    capsys.readouterr()
+    said = answer(capsys, "needs", tmp_path / "published", "--tokens", "1024")
+    assert said["training_gb"]["1"] > said["total_gb"] > 0

@@ -6,6 +6,7 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
+from test_diagnostics import Unhookable, hybrid, llama, text
 from transformers import MistralConfig
 
 from qkrestore_nb.drift import (
@@ -19,7 +20,6 @@ from qkrestore_nb.drift import (
     softmax_layers,
 )
 from qkrestore_nb.recall import recall_test
-from test_diagnostics import Unhookable, hybrid, llama, text
 
 
 def explicit(model, ids):

@@ -5,15 +5,34 @@ import re
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qkrestore_nb import experiment, training
 from qkrestore_nb.checkpoints import CheckpointError
 from qkrestore_nb.cli import main
-from qkrestore_nb.experiment import (SFT, alternatives, bits, cell, decisive, demo, evaluate, figure, model_fields, models, names, pair,
-                                     recipes, run, sfts, share, table, verdict)
+from qkrestore_nb.experiment import (
+    SFT,
+    alternatives,
+    bits,
+    cell,
+    decisive,
+    demo,
+    evaluate,
+    figure,
+    model_fields,
+    models,
+    names,
+    pair,
+    recipes,
+    run,
+    sfts,
+    share,
+    table,
+    verdict,
+)
 from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM
 from qkrestore_nb.reasoning import reasoning_test, solved
 from qkrestore_nb.recall import recall_test, score, token_id

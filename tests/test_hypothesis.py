@@ -11,7 +11,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
-from qkrestore_nb.checkpoints import JOURNAL, NOTE, CheckpointError, bits, overwrite, pieces, printable, read_config, read_header, read_index, read_json
+from qkrestore_nb.checkpoints import (
+    JOURNAL,
+    NOTE,
+    CheckpointError,
+    bits,
+    overwrite,
+    pieces,
+    printable,
+    read_config,
+    read_header,
+    read_index,
+    read_json,
+)
 from qkrestore_nb.in_place import undo, verify, write_journal
 from qkrestore_nb.restore import qk_restore
 

@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import small_hybrid, small_tokenizer
+from test_diagnostics import Unhookable, hybrid, llama, text
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import qkrestore_nb
-from conftest import small_hybrid, small_tokenizer
 from qkrestore_nb.diagnostics import gradient_range
 from qkrestore_nb.monitor import Probe, QKDrift, RecallMonitor, probed, prose_probe
 from qkrestore_nb.recall import recall_test, score
-from test_diagnostics import Unhookable, hybrid, llama, text
 
 
 class Copy(torch.utils.data.Dataset):

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from conftest import NAME, hypenet_config, snapshot, tensors, write_checkpoint
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_families import CASES, model
 
 import qkrestore_nb
@@ -36,7 +36,9 @@ def rows_of(post: dict, pre: dict, out: dict) -> dict:
 # ---- the front door
 
 def test_the_front_door():
-    from qkrestore_nb import plan as a, qk_restore as b, undo, verify
+    from qkrestore_nb import plan as a
+    from qkrestore_nb import qk_restore as b
+    from qkrestore_nb import undo, verify
     assert (a, b) == (plan, qk_restore) and callable(undo) and callable(verify) and "qk_pro" in dir(qkrestore_nb) and qkrestore_nb.qk_pro is qk_pro
     with pytest.raises(AttributeError, match="no attribute 'qk_resort'"): qkrestore_nb.qk_resort
     assert issubclass(CheckpointError, UserError) and issubclass(UserError, ValueError)
@@ -411,3 +413,14 @@ def test_qk_pro_leaves_the_gate_of_a_gated_projection():
     pre, post = (model("qwen3_next", CASES["qwen3_next"][0], s).float() for s in (1, 2))
     got, copied = qk_pro(pre, post, lam=0., space="head").state_dict(), qk_restore(pre, post).state_dict()
     assert all(torch.allclose(got[n], copied[n], atol=1e-5) for n in got)
+
+
+def test_a_solve_is_written_in_several_pieces(tmp_path):
+    "A matrix of more numbers than a file is written at once."
+    config = hypenet_config(hidden_size=512, num_attention_heads=2, num_key_value_heads=1, head_dim=512)
+    def weights(seed):
+        g = torch.Generator().manual_seed(seed)
+        return {NAME.format(i, r): torch.randn(1024 if r == "q" else 512, 512, generator=g) for i in (1, 2) for r in "qk"}
+    pre, post = (write_checkpoint(tmp_path / n, s, config=config, weights=weights(s)) for n, s in (("pre", 1), ("post", 2)))
+    got, want = load(qk_pro(pre, post, out=tmp_path / "out", lam=.1)), qk_pro(weights(1), weights(2), config=config, lam=.1)
+    assert all(torch.equal(got[n], want[n]) for n in want)

@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from test_diagnostics import Unhookable, _half, hybrid, llama, text
 from transformers import GPT2Config, MistralConfig, Qwen2Config
 
 from qkrestore_nb import hypenet
 from qkrestore_nb.diagnostics import _loss, _rows
 from qkrestore_nb.projections import far_bound, projection_gradients
-from test_diagnostics import Unhookable, _half, hybrid, llama, text
 
 NAMES = dict(Q="q_proj", K="k_proj", V="v_proj", O="o_proj")
 
@@ -263,3 +263,32 @@ def test_names_of_projections_that_are_not_known():
     model = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=32, n_head=4, vocab_size=64, n_positions=64))
     with pytest.raises(ValueError, match="cannot be told apart"):
         projection_gradients(model, text(1, 16))
+
+
+def _script(name):
+    import importlib.util
+    from pathlib import Path
+
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent.parent / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "said, shape",
+    [
+        ('sft_batch:{"rows":4}', (4, 128)),
+        ('sft_batch:{"rows":2,"T":256,"packed":true,"borders":true}', (2, 256)),
+        ('recall.recall_test:{"kind":"MF","B":2,"T":256,"questions":4}', (2, 256)),
+        ('kinds.copy:{"B":3,"T":96}', (3, 96)),
+        ('pretraining_batch:{"tokens":512}', (2, 256)),
+    ],
+)
+def test_batches_of_the_script(said, shape):
+    "benchmarks/why.py takes functions by name, with their own parameters."
+    why = _script("why")
+    b, again, other = (why.batch(said, step, 0) for step in (0, 0, 1))
+    assert b["input_ids"].shape == b["weights"].shape == shape and b["weights"].any()
+    assert torch.equal(b["input_ids"], again["input_ids"]) and not torch.equal(b["input_ids"], other["input_ids"])
+    assert ("position_ids" in b) == ("borders" in said)

@@ -4,13 +4,28 @@ import re
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from qkrestore_nb import recall
 from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM
-from qkrestore_nb.recall import (answer_logits, decode, digits, draw_keys, encode, essay, letters, looked_up, needle_rows, noise,
-                                 recall_test, score, token_id, tokenizer)
+from qkrestore_nb.recall import (
+    answer_logits,
+    decode,
+    digits,
+    draw_keys,
+    encode,
+    essay,
+    letters,
+    looked_up,
+    needle_rows,
+    noise,
+    recall_test,
+    score,
+    token_id,
+    tokenizer,
+)
 
 LENGTH = dict(digits=5, letters=16)
 ITEM = re.compile(r"(N|QM) (k\d+ k\d+) IS ((?:\S+ )+?)DOT")

@@ -18,7 +18,20 @@ from safetensors.torch import load_file
 from test_cli import call
 
 from qkrestore_nb import checkpoints, in_place, procrustes, restore
-from qkrestore_nb.checkpoints import JOURNAL, MARK, NOTE, CheckpointError, half_written, leftovers, new_folder, printable, read_config, read_index, read_json, watch
+from qkrestore_nb.checkpoints import (
+    JOURNAL,
+    MARK,
+    NOTE,
+    CheckpointError,
+    half_written,
+    leftovers,
+    new_folder,
+    printable,
+    read_config,
+    read_index,
+    read_json,
+    watch,
+)
 from qkrestore_nb.in_place import undo, verify
 from qkrestore_nb.restore import qk_restore
 
@@ -761,6 +774,7 @@ def test_lines_that_are_none(base, tmp_path, name, capsys):
 def test_nothing_to_learn_from(base, tmp_path):
     "Empty conversations with a tokenizer that adds nothing, and answers that lie behind the end of every row."
     from transformers import AutoTokenizer
+
     from qkrestore_nb.finetune import finetune
     shutil.copytree(base / "pre", tmp_path / "pre")
     tokenizer = AutoTokenizer.from_pretrained(base / "pre")

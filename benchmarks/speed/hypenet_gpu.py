@@ -21,7 +21,15 @@ import torch.nn.functional as F
 
 from qkrestore_nb.core import provenance
 from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM, compile_layers, prefill
-from qkrestore_nb.linear_attention import FORMS, _fla, compare_forms, decay_slopes, delta_rule_recurrent, delta_rule_triton, linear_attention
+from qkrestore_nb.linear_attention import (
+    FORMS,
+    _fla,
+    compare_forms,
+    decay_slopes,
+    delta_rule_recurrent,
+    delta_rule_triton,
+    linear_attention,
+)
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s by the vendor's data sheets
 
@@ -188,7 +196,8 @@ def attention_backends():
 
 def profile(step) -> None:
     "Where one step's time goes, printed."
-    from torch.profiler import ProfilerActivity, profile as record
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
     with record(activities=[ProfilerActivity.CUDA]) as p: step()
     rows = sorted(p.key_averages(), key=lambda e: -e.self_device_time_total)[:16]
     for e in rows: print(f"{e.self_device_time_total / 1e3:9.1f} ms {e.count:5d}x {e.key[:90]}")

@@ -97,6 +97,7 @@ def batch(said: str, step: int, seed: int) -> dict[str, torch.Tensor]:
 
 def load(folder: str, device: str, dtype: str):
     from transformers import AutoModelForCausalLM
+
     import qkrestore_nb.hypenet  # noqa: F401  registers the family
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval().to(device)
