@@ -250,7 +250,7 @@ def train(
                 bar.set_postfix(loss=f"{value.item():.3f}", tokens_per_s=f"{log[-1]['tokens_per_s']:,}")
                 seen, then = 0, now
             if step % every == 0 or step == steps:
-                if file: _save(file, model=model.state_dict(), opt=opt.state_dict(), schedule=schedule.state_dict(), scaler=scaler.state_dict(), step=step, log=log)
-                if look:
+                if look:  # before the run is saved: who is cut here, looks again
                     with torch.compiler.set_stance("force_eager"): look(step, model.eval()), model.train()
+                if file: _save(file, model=model.state_dict(), opt=opt.state_dict(), schedule=schedule.state_dict(), scaler=scaler.state_dict(), step=step, log=log)
     return log

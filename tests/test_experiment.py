@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qkrestore_nb import experiment
+from qkrestore_nb import experiment, training
 from qkrestore_nb.checkpoints import CheckpointError
 from qkrestore_nb.cli import main
 from qkrestore_nb.experiment import (
@@ -166,6 +166,19 @@ def test_a_probe_that_was_cut_is_made_when_the_run_goes_on(quick, asked, tmp_pat
     assert [p["step"] for p in json.loads((tmp_path / "run" / "hypenet7m-near-seed0.json").read_text())["probes"]] == [2, 4]
 
 
+def test_a_probe_is_made_once(quick, asked, tmp_path, monkeypatch):
+    "Cut after the probe and before the run was saved: the step is walked again, and its probe is there already."
+    real = training._save
+    def save(path, **state):
+        if path.name == "near.pt": raise KeyboardInterrupt
+        real(path, **state)
+    monkeypatch.setattr(training, "_save", save)
+    with pytest.raises(KeyboardInterrupt): run("smoke", tmp_path / "run", variants=())
+    monkeypatch.setattr(training, "_save", real)
+    run("smoke", tmp_path / "run", variants=())
+    assert [p["step"] for p in json.loads((tmp_path / "run" / "hypenet7m-near-seed0.json").read_text())["probes"]] == [2, 4]
+
+
 def test_every_variant_is_the_model_that_its_name_says(quick, asked, tmp_path):
     wanted = ("qk", "vo", "average 0.9", "q", "noise", "drift alone", "qk on average 0.9")
     out = run("smoke", tmp_path / "run", seed=5, variants=wanted)
@@ -212,6 +225,20 @@ def test_a_second_seed_of_fine_tuning_stands_beside_the_first(quick, asked, tmp_
     assert (again["seed"], again["sft_seed"]) == (2, 1) and (out / "hypenet7m-near-seed2.json").read_bytes() == first
     a, b = weights(out / "near"), weights(out / "near-sft1")
     assert any(not torch.equal(a[n], b[n]) for n in a) and again["sft"]["seed"] == 1002
+
+
+def test_steps_and_rates_of_the_kinds(quick, asked, tmp_path, monkeypatch):
+    "What the training loop is told, against the recipe's 4 steps at 1e-2."
+    told = {}
+    def note(model, batch, steps, lr, file, loss, **how):
+        if file.stem != "pretraining": told[file.stem] = steps, lr, batch.keywords, loss.keywords
+        file.touch()
+        return []
+    monkeypatch.setattr(training, "train", lambda *args, file, loss=None, **how: note(*args, file=file, loss=loss, **how))
+    run("smoke", tmp_path / "run", seed=3, kinds=("near", "lr1e_4", "twice", "half", "lora3", "borders"), variants=())
+    assert {k: (x[0], pytest.approx(x[1])) for k, x in told.items()} == dict(near=(4, 1e-2), lr1e_4=(4, 2e-3), twice=(8, 1e-2), half=(2, 1e-2), lora3=(4, 3e-2),
+                                                                              borders=(2, 1e-2))
+    assert told["near"][2:] == (dict(seed=3, rows=8), dict(borders=False)) and told["borders"][2:] == (dict(seed=3, rows=8, T=2048, packed=True), dict(borders=True))
 
 
 def test_frozen_slow_and_lora(quick, asked, tmp_path):
