@@ -148,7 +148,7 @@ def copy_of_the_tree(folder: Path) -> Path:
 
 def tested(folder: Path, files: str, which: str, limit: float) -> tuple[str, float]:
     "killed, survived or nothing (no test was chosen); and the seconds that it took."
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--durations=0", "--no-header", *files.split(), "-k", which or LIGHT]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-n", "0", "--durations=0", "--no-header", *files.split(), "-k", which or LIGHT]
     then = time.time()
     env = os.environ | dict(PYTHONPATH=str(folder), OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1", QKRESTORE_STOPS="4")
     try: code = subprocess.run(command, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=limit, start_new_session=True).returncode
