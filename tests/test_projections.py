@@ -269,7 +269,7 @@ def _script(name):
     import importlib.util
     from pathlib import Path
 
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent.parent / "benchmarks" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent.parent / "benchmarks" / "studies" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -286,7 +286,7 @@ def _script(name):
     ],
 )
 def test_batches_of_the_script(said, shape):
-    "benchmarks/why.py takes functions by name, with their own parameters."
+    "benchmarks/studies/why.py takes functions by name, with their own parameters."
     why = _script("why")
     b, again, other = (why.batch(said, step, 0) for step in (0, 0, 1))
     assert b["input_ids"].shape == b["weights"].shape == shape and b["weights"].any()
