@@ -472,7 +472,7 @@ def pair() -> Path:
 
 # %% ../nbs/10_amnesia.ipynb #85623220
 # chosen for what they test before the shipped pair was known: a long string, similar keys, a full haystack, long chains
-demo_sizes: dict = dict(recall=dict(S3=[(4096, 6, 1)], MK=[(4096, 1, 8)], MF=[(1024, 2, 32)]), steps=(8,), problems=8)
+demo_sizes: dict = dict(recall=dict(S3=[(4096, 4, 1)], MK=[(4096, 1, 8)], MF=[(1024, 2, 32)]), steps=(8,), problems=8)
 full_sizes: dict = dict(recall=dict(S2=[(4096, 32, 1), (16384, 16, 1)], S3=[(1024, 32, 1), (4096, 32, 1), (16384, 16, 1)],
                                     MK=[(1024, 8, 8), (4096, 8, 8), (16384, 2, 8)], MF=[(1024, 8, 32), (4096, 2, 64)]), steps=(2, 4, 8), problems=64)
 
