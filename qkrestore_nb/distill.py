@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['convert', 'watched', 'calibrate', 'layer_errors', 'align', 'distance', 'distil', 'windowed', 'answered',
            'layer_values', 'choose_layers', 'samples', 'answer_rows', 'text_batch', 'replies', 'judged', 'spoken',
-           'heard', 'smollm2', 'sound', 'word_problems']
+           'heard', 'smollm2', 'sound', 'word_problems', 'shares', 'contrast']
 
 # %% ../nbs/12_real_model.ipynb #42343a46
 import re
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -409,3 +410,32 @@ def word_problems(
         out.append(dict(prompt=x["question"], completion=x["metadata"]["answer_cot"], answer=str(x["answer"]), kind=kind))
         if len(out) == n: return out
     raise ValueError(f"only {len(out)} of {n} problems could be made")
+
+# %% ../nbs/12_real_model.ipynb #c0ntrast
+def shares(
+    runs: list[dict],  # records with scores
+    variant: str,      # a key of scores
+    cells: list,       # (test, length) pairs, averaged with equal weight
+    draw: np.random.Generator | None = None,  # draw the answers anew from their binomials
+) -> np.ndarray:
+    "Percent right, one number a run."
+    def one(scores, test, length):
+        cell = scores[test][str(length)]
+        return (cell["correct"] if draw is None else draw.binomial(cell["n"], cell["correct"] / cell["n"])) / cell["n"]
+    return np.array([100 * np.mean([one(run["scores"][variant], *c) for c in cells]) for run in runs])
+
+
+def contrast(
+    runs: list[dict],
+    f: Callable,         # (shares of a variant: variant, cells -> array) -> one number a run
+    draws: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Mean over runs of f, and a 95% interval from drawing runs and answers again. It counts the noise of the questions twice and is
+    too wide (chapter 10a has a better one); these records keep no bits, and their runs are too few for Student's t."""
+    rng, means = np.random.default_rng(seed), []
+    for _ in range(draws):
+        each = f(lambda variant, cells: shares(runs, variant, cells, rng))
+        means.append(np.mean(each[rng.integers(0, len(each), len(each))]))
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(np.mean(f(lambda variant, cells: shares(runs, variant, cells)))), float(low), float(high)
