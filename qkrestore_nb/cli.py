@@ -421,10 +421,8 @@ def experiment(
     """
     import json
     import os
-    from qkrestore_nb.experiment import alternatives, decisive, run, table
-    try: seeds = [n for part in seed.split(",") for a, _, b in [part.partition("-")] for n in range(int(a), int(b or a) + 1)]
-    except ValueError: raise CheckpointError(f"--seed {seed}: give a number, or several as in 0,1,2 or 0-4") from None
-    if not seeds: raise CheckpointError(f"--seed {seed} names no seed: give a number, or several as in 0,1,2 or 0-4")
+    from qkrestore_nb.experiment import alternatives, decisive, run, seed_numbers, table
+    seeds = seed_numbers(seed)
     several = len(seeds) > 1
     if "WORLD_SIZE" in os.environ:  # one of several processes: each takes its share of the seeds, and its own GPU
         from accelerate import PartialState

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['model_fields', 'models', 'sfts', 'decisive', 'alternatives', 'recipes', 'names', 'demo_sizes', 'full_sizes', 'SFT',
-           'cell', 'bits', 'evaluate', 'save', 'pretrain', 'finetune', 'run', 'share', 'table', 'verdict', 'figure',
-           'pair', 'demo']
+           'cell', 'bits', 'evaluate', 'save', 'pretrain', 'finetune', 'seed_numbers', 'run', 'share', 'table',
+           'verdict', 'figure', 'pair', 'demo']
 
 # %% ../nbs/10_amnesia.ipynb #de240cb0
 import json
@@ -313,6 +313,16 @@ def _named(names: Iterable[str], known: Iterable[str], what: str) -> tuple[str, 
     return names
 
 
+def seed_numbers(
+    text: str,  # a number, or several as in 0,1,2 or 0-4
+) -> list[int]:
+    "The seeds that are meant. Raises CheckpointError where there is none."
+    try: seeds = [n for part in text.split(",") for a, _, b in [part.partition("-")] for n in range(int(a), int(b or a) + 1)]
+    except ValueError: raise CheckpointError(f"--seed {text}: give a number, or several as in 0,1,2 or 0-4") from None
+    if not seeds: raise CheckpointError(f"--seed {text} names no seed: give a number, or several as in 0,1,2 or 0-4")
+    return seeds
+
+
 def run(
     profile: str | None = None,      # smoke, colab or gpu; None: what this machine can do
     out: str | Path | None = None,   # run folder; None: ./qkrestore-experiment-<profile>-<model>-seed<seed>. An interrupted run goes on
@@ -506,8 +516,8 @@ def demo(
     qk_restore(out / "pre", out / "post", out=out / "restored")
     load = lambda name: HypeNetForCausalLM.from_pretrained(out / name, dtype=torch.float32).eval()
     model = load("restored")
-    weights, scores = {name: load(name).state_dict() for name in ("pre", "post")} | dict(qk=dict(model.state_dict())), {}
-    weights["qk"] = {n: w.clone() for n, w in weights["qk"].items()}
+    weights: dict = {name: load(name).state_dict() for name in ("pre", "post")}
+    weights["qk"], scores = {n: w.clone() for n, w in model.state_dict().items()}, {}  # the model takes other weights on
     total = len(names) * (sum(map(len, sizes["recall"].values())) + 4 * len(sizes["steps"]))
     with tqdm(total=total, desc="evaluating", bar_format="{desc} {bar} {n}/{total} [{elapsed}] {postfix}") as bar:
         for name, label in names.items():

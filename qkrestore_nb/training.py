@@ -151,8 +151,8 @@ def sft_batch(
     source = (small_talk(rng) for _ in iter(int, 1)) if talk else problems(rng, **how)
     ids, weights = in_essay(rng, source, rows, T, window) if window else pack(source, rows, T, packed)
     if n := int(recall * rows + rng.random()):
-        ids[:n], weights = (parts := asked_rows(rng, n, T, essay, 4, 32))[0], weights.astype(float)
-        weights[:n] = parts[1]
+        weights = weights.astype(float)
+        ids[:n], weights[:n] = asked_rows(rng, n, T, essay, 4, 32)
     return torch.from_numpy(ids), torch.from_numpy(weights).float()
 
 

@@ -10,12 +10,11 @@ import sys
 import tarfile
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from jobs import run_jobs
 
-from qkrestore_nb.experiment import alternatives, decisive
+from qkrestore_nb.experiment import alternatives, decisive, seed_numbers
+from qkrestore_nb.study import accuracy, needles
 
 CHECK = """
 from qkrestore_nb import experiment as e
@@ -25,20 +24,16 @@ e.recipes["gpu"]["short"] = {**e.recipes["gpu"]["long"], "recall": {k: v[:3] for
 """
 
 
-def share(scores: dict, count: str, length: str = "16384") -> float:
-    "Percent right at the primary endpoint: S1, S2, S3 and MK at 16K tokens (smoke has one length)."
-    cells = [scores[t].get(length, [*scores[t].values()][-1]) for t in ("S1", "S2", "S3", "MK")]
-    return 100 * float(np.mean([c[count] / c["n"] for c in cells]))
-
-
 def median_run(runs: Path, model: str) -> Path:
     """The run that is shipped: of those whose pre has at least 95% exact answers at the primary endpoint, the one whose damage there (look-up,
     pre minus post) is the median, of an even number the lower one of the middle."""
     damage = {}
     for path in runs.glob(f"*/{model}-near-seed*.json"):
-        scores = json.loads(path.read_text())["scores"]
-        if not path.stem.endswith("sft1") and (path.parent / "packed").is_dir() and share(scores["pre"], "exact") >= 95:
-            damage[path.parent] = share(scores["pre"], "lookup") - share(scores["post"], "lookup")
+        record = json.loads(path.read_text())
+        length = 16384 if "16384" in record["scores"]["pre"]["S3"] else 256  # smoke has one length
+        share = lambda variant, count: float(accuracy([record], variant, needles(length), count)[0])
+        if not record["sft_seed"] and (path.parent / "packed").is_dir() and share("pre", "exact") >= 95:
+            damage[path.parent] = share("pre", "lookup") - share("post", "lookup")
     print({run.name: round(x, 1) for run, x in damage.items()}, flush=True)
     return sorted(damage, key=damage.get)[(len(damage) - 1) // 2]
 
@@ -57,7 +52,7 @@ ask.add_argument("--check", action="store_true")
 ask.add_argument("--ship", action="store_true")
 args = ask.parse_args()
 
-seeds = [n for part in args.seeds.split(",") for a, _, b in [part.partition("-")] for n in range(int(a), int(b or a) + 1)]
+seeds = seed_numbers(args.seeds)
 args.runs.mkdir(exist_ok=True), args.out.mkdir(exist_ok=True)
 jobs = {}
 for i, seed in enumerate(seeds):
