@@ -32,7 +32,8 @@ def _table(note: Note) -> list[str]:
         ]
 
     def line(r: Row) -> str:
-        whose = "pre" if r.is_pre else "solved for" if r.solved else "mixture"
+        computed = "merged" if note.settings.get("rule") else "solved for"
+        whose = "pre" if r.is_pre else computed if r.solved else "mixture"
         part = "rows" if r.spans else "all"
         return f"| `{r.tensor}` | {r.dtype} | {r.shape} | {part} | {whose} | `{r.sha256_restored}` |"
 

@@ -32,7 +32,7 @@ class Row:
     cast_from: str | None = None  # pre's dtype, where it was rounded
     strength: float | None = None  # of a mixture; None: pre's numbers
     strength_achieved: float | None = None  # after rounding
-    solved: bool = False  # neither pre's nor a mixture: computed by QK-Pro
+    solved: bool = False  # neither pre's nor a mixture: computed, by QK-Pro or a merge
 
     @property
     def is_pre(self) -> bool:
@@ -285,6 +285,8 @@ def summary(
 ) -> str:
     "One sentence that says what was done."
     s, where = note.settings, _where(note)
+    if s.get("rule"):  # of chapter 9a: not a copy, and not one mixture
+        return f"The weights were merged: {s['rule']}."
     if note.left_out is not None:
         return (
             f"What the adapter adds to {_what(note)} {where} was left out."
