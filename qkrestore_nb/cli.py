@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['app', 'Layers', 'Projections', 'Heads', 'Rows', 'Include', 'Mla', 'Tensors', 'Allow', 'Cast', 'InPlace', 'Push',
            'AsJson', 'Trust', 'Pre', 'Post', 'Out', 'echo', 'restore', 'pro', 'inspect', 'verify', 'undo', 'leftovers',
-           'demo', 'experiment', 'needs', 'finetune', 'audit', 'Stopped', 'main']
+           'demo', 'experiment', 'needs', 'finetune', 'audit', 'repair', 'Stopped', 'main']
 
 # %% ../nbs/14_cli.ipynb #dbc72239
 import signal
@@ -534,6 +534,60 @@ def audit(
     tell("")
     if page: write(result, page)
     echo(json.dumps(result) if as_json else report(result) + (f"\n{page}" if page else ""))
+
+# %% ../nbs/14_cli.ipynb #r3pc11c0
+@app.command()
+def repair(
+    pre: Pre,
+    post: Annotated[str, typer.Argument(help="Checkpoint after fine-tuning: a folder or a hub id.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make. It must not exist.")],
+    tasks: Annotated[
+        Path | None, typer.Option(help='Json lines with "prompt" and "answer": what fine-tuning was for. Needed.')
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Tokens, between commas.")] = "4096,16384",
+    haystacks: Annotated[
+        int, typer.Option(help="Of each kind and length to choose on; as many fresh ones to report on.")
+    ] = 16,
+    keep: Annotated[float, typer.Option(help="Share of POST's tasks that must stay right.")] = 0.98,
+    room: Annotated[int, typer.Option(help="Tokens that the answer to a task may have.")] = 512,
+    layers: Layers = "softmax",
+    mla: Mla = None,
+    cast: Cast = False,
+    allow: Allow = "",
+    device: Annotated[str | None, typer.Option(help="Such as cuda. Default: a GPU where there is one.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the questions, of the split of the tasks, and of DARE.")] = 0,
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Try the repairs that need no training, write the one that recalls most and keeps the tasks (chapter 11e).
+
+    Example: qkrestore repair base/ finetuned/ repaired/ --tasks gsm.jsonl --lengths 4096,32768
+    """
+    import json
+    from dataclasses import asdict
+    from qkrestore_nb.repair import repair as search, report
+
+    if tasks is None:
+        raise CheckpointError("--tasks is missing: without tasks to keep, PRE itself would be the best repair")
+
+    told = []
+
+    def tell(text):
+        if sys.stderr.isatty(): return print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        told.append(text.partition(":")[0])  # into a log: a line a round
+        if told[-1] not in told[:-1]: print(told[-1], file=sys.stderr, flush=True)
+
+    numbers = _numbers(lengths, "--lengths")
+    with _told():
+        done = search(
+            pre, post, out=out, tasks=tasks, lengths=numbers, haystacks=haystacks, keep=keep, room=room, layers=layers,
+            mla=mla, cast=cast, allow=allow, seed=seed, device=device, trust_remote_code=trust_remote_code,
+            on_progress=tell,
+        )
+    if sys.stderr.isatty(): tell("")
+    if as_json: return echo(json.dumps(asdict(done), default=str))
+    echo(report(done))
+    echo(f"{done.out or 'Nothing was written'}. All numbers: {out}.repair.json  Figure: {out}.repair.png")
 
 # %% ../nbs/14_cli.ipynb #c6109825
 class Stopped(BaseException):
