@@ -325,6 +325,8 @@ def inspect(
             else ""
         )
     )
+    if seen["spare"] and projections == "qk":
+        echo(f"A LoRA that spares them, in any trainer: target_modules=r'{seen['spare']}'")
 
 # %% ../nbs/14_cli.ipynb #a7df8b26
 @app.command()
@@ -463,18 +465,47 @@ def needs(
                "fine-tuning all weights in rows of 4,096 tokens, GB on each GPU: " + ", ".join(f"{gb:.0f} on {g}" for g, gb in train.items()))
 
 
+def _from_file(ctx: typer.Context, file: Path | None) -> None:
+    "Options from a YAML file stand where the command line says nothing."
+    if file is None: return
+    import yaml
+    try: said = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e: raise CheckpointError(f"--config {file} cannot be read as YAML ({type(e).__name__}): give names and values, as in lr: 1e-5") from e
+    if not isinstance(said, dict): raise CheckpointError(f"--config {file} holds no names and values: write lines such as lr: 1e-5")
+    given, known = {str(k).replace("-", "_"): v for k, v in said.items()}, {p.name for p in ctx.command.params} - {"config", "help"}
+    if strange := sorted(given.keys() - known): raise CheckpointError(f"--config {file}: nothing is called {strange[0]!r} here; choose from {', '.join(sorted(known))}")
+    ctx.default_map = given
+
+
+def _qk_lr(qk_lr: float, freeze: str, spare: str, rank: int) -> float:
+    for name, said, fits, other in (("--freeze", freeze, not rank, "an adapter leaves them out with --spare qk"), ("--spare", spare, bool(rank), "without an adapter (--rank) hold them with --freeze qk")):
+        if not said: continue
+        if said != "qk": raise CheckpointError(f"{name} {said}: only qk can be held, W_Q and W_K of the softmax layers")
+        if not fits: raise CheckpointError(f"{name} qk does not fit here: {other}")
+        if qk_lr != 1: raise CheckpointError(f"{name} qk and --qk-lr {qk_lr} say two things: give one of them")
+        qk_lr = 0.
+    return qk_lr
+
+
 @app.command()
 def finetune(
     ckpt: Annotated[str, typer.Argument(help="PRE: a folder or a hub id.")],
-    data: Annotated[Path, typer.Argument(help='Json lines: {"messages": [...]}, or {"prompt": ..., "completion": ...}.')],
+    data: Annotated[str, typer.Argument(help='Json lines, parquet, or owner/name of a dataset: {"messages": [...]}, or {"prompt": ..., "completion": ...}.')],
     out: Annotated[Path, typer.Argument(help="Folder to make. It must not exist; an interrupted run goes on from OUT.run.")],
     steps: Annotated[int, typer.Option(help="Of AdamW.")] = 1000,
     tokens: Annotated[int, typer.Option(help="A row; conversations are packed into rows.")] = 4096,
     rows: Annotated[int, typer.Option(help="A step, over all processes.")] = 16,
     lr: Annotated[float, typer.Option(help="Highest rate, after 3% of the steps; then a cosine to 10%.")] = 1e-5,
     rank: Annotated[int, typer.Option(help="Of a LoRA adapter on all linear layers; 0 trains all weights.")] = 0,
+    qk_lr: Annotated[float, typer.Option(help="Times --lr, for W_Q and W_K of the softmax layers.")] = 1.,
+    freeze: Annotated[str, typer.Option(help="qk: leave W_Q and W_K of the softmax layers as they are.", metavar="qk")] = "",
+    spare: Annotated[str, typer.Option(help="qk: an adapter without them (with --rank).", metavar="qk")] = "",
+    pull: Annotated[float, typer.Option(help="Pull back to CKPT's weights, times the rate (L2-SP).")] = 0.,
+    recall: Annotated[float, typer.Option(help="Share of the rows that ask for a needle in prose instead of DATA.")] = 0.,
     every: Annotated[int, typer.Option(help="Steps between saved states.")] = 100,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    report_to: Annotated[str, typer.Option(help="A tracker: tensorboard, wandb, trackio, ...")] = "",
+    config: Annotated[Optional[Path], typer.Option(help="YAML file with any of these, such as lr: 1e-5. The command line wins.", is_eager=True, callback=_from_file)] = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Fine-tune CKPT on conversations (chapter 13a).
@@ -486,9 +517,10 @@ def finetune(
     try: from qkrestore_nb.finetune import finetune as tune; import accelerate
     except ImportError as e: raise CheckpointError(f'{e.name} is missing: pip install "qkrestore_nb[train]"') from e
     from tqdm import tqdm
+    qk_lr = _qk_lr(qk_lr, freeze, spare, rank)
     with tqdm(total=steps, desc="fine-tuning", mininterval=1., disable=not sys.stderr.isatty()) as bar:
         def look(step, loss): bar.n = step; bar.set_postfix(loss=f"{loss:.3f}"), bar.refresh()
-        done = tune(ckpt, data, out, steps, tokens, rows, lr, rank, every, seed, look=look, trust_remote_code=trust_remote_code)
+        done = tune(ckpt, data, out, steps, tokens, rows, lr, rank, qk_lr, pull, recall, every, seed, look=look, trust_remote_code=trust_remote_code, report_to=report_to or None)
     import os
     if os.environ.get("RANK", "0") == "0": echo(f"{done}: {steps} steps on {data}. Losses and settings: {done / 'finetune.json'}" + (f"\nAn adapter: qkrestore restore {ckpt} {done} OUT takes Q and K of the softmax layers out of it." if rank else f"\nNext: qkrestore audit {ckpt} {done}{' --trust-remote-code' * trust_remote_code}"))
 
