@@ -184,7 +184,10 @@ def _sorted_out(
 ) -> tuple[set[str], dict[str, list], dict[str, list], set[str]]:
     """Tensors to leave out, rows (in bytes of the tensor) to set to zero, rows that pre's take the place of, and
     modules of which nothing stays."""
-    moves, drop, zero, gone = _chosen(base, keys, s), set(), {}, set()
+    moves = _chosen(base, keys, s)
+    drop: set[str] = set()
+    gone: set[str] = set()
+    zero: dict[str, list] = {}
     whole: dict[str, list] = {}
     of_module: dict[str, dict[str, str]] = {}
     for key in keys:

@@ -167,7 +167,8 @@ def _rows(batch) -> list[tuple]:
 
 def _groups(rows, tokens: int) -> list[list[int]]:
     "Rows of equal length go through the model together, at most so many tokens at once."
-    by_length, out = {}, []
+    by_length: dict[int, list[int]] = {}
+    out: list[list[int]] = []
     for i, row in enumerate(rows): by_length.setdefault(len(row[0]), []).append(i)
     for T, found in by_length.items():
         n = max(1, tokens // T)
@@ -249,7 +250,7 @@ class GradientRange:
     def curve(self, layers=None, heads=None, samples: int = 400, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         "g pooled over layers and heads, and its 95% band from drawing sequences again: three of (n,)."
         all_, drawn = _resampled(self.pooled(layers, heads), self.pairs, self.edges, samples, seed)
-        g, many = (_normalised(*x, self.normalise) for x in (all_, drawn))
+        g, many = (_normalised(sums, pairs, self.normalise) for sums, pairs in (all_, drawn))
         return g[0], *(np.percentile(many, [2.5, 97.5], 0) if len(self.sums) > 1 else np.full((2, len(self.tau)), np.nan))
 
     def summary(
@@ -362,7 +363,6 @@ def _nothing(model, layers):
 
 def _stored(sums, found, kinds, group, B, T):
     "Put the sums of a group of rows where they belong: layer -> (B, H, T)."
-    sums = {} if sums is None else sums
     for layer, x in found.items():
         x = x.cpu().numpy()
         sums.setdefault(layer, np.zeros((B, x.shape[1], T), x.dtype))[group, :, :x.shape[2]] = x
@@ -417,7 +417,10 @@ def gradient_range(
     if normalise not in ("pair", "token", "share"): raise ValueError(f"normalise={normalise!r}: choose pair, token or share")
     takes, rows = _chosen(layers), _rows(batch)
     T, lift = max(len(x) for x, *_ in rows), _lift(model)
-    edges, kinds, total, found, sums = _edges(bins, T), {}, 0., {}, None
+    edges, total = _edges(bins, T), 0.
+    sums: dict[int, np.ndarray] = {}
+    kinds: dict[int, str] = {}
+    found: dict[int, np.ndarray] = {}
 
     def watch(layer, o, measure):
         "Ask for the gradient of o, and measure as soon as it comes."
@@ -440,12 +443,12 @@ def gradient_range(
     order = sorted(kinds)
     if len({sums[i].shape[1] for i in order}) > 1:
         raise ValueError("the layers have different numbers of heads: measure them one kind at a time")
-    sums = np.stack([sums[i] for i in order], 1)
+    all_ = np.stack([sums[i] for i in order], 1)
     pairs = np.stack([np.maximum(len(x) - np.arange(T), 0) for x, *_ in rows]).astype(float)
     n, d = _binned(pairs.sum(0), edges), _binned(pairs.sum(0) * np.arange(T), edges)
-    g = _normalised(_binned(sums.sum(0, dtype=float), edges), n, normalise)
+    g = _normalised(_binned(all_.sum(0, dtype=float), edges), n, normalise)
     tau = np.divide(d, n, out=np.zeros_like(d), where=n > 0)
-    return GradientRange(tau, g, order, [kinds[i] for i in order], normalise, total, edges, sums, pairs)
+    return GradientRange(tau, g, order, [kinds[i] for i in order], normalise, total, edges, all_, pairs)
 
 # %% ../nbs/07_gradient_range.ipynb #3f0c51be
 def recall_batch(

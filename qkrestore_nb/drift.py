@@ -236,7 +236,9 @@ def _attention_blocks(q, k, mask, scale):
 def _run(model, batch, on_softmax, tokens: int = 16384) -> None:
     """Every row of a batch through the model without gradients, with `on_softmax(group, layer, q, k, mask, scale)`
     called in each softmax layer."""
-    rows, group, seen = _rows(batch), [], set()
+    rows = _rows(batch)
+    group: list[list[int]] = []
+    seen: set[int] = set()
 
     def hook(layer, q, k, v, o, mask, scale):
         seen.add(layer), on_softmax(group[0], layer, q, k, mask, scale)
@@ -259,7 +261,10 @@ def far_directions(
 ) -> dict[tuple[int, str], FarDirections]:
     """(layer, 'Q' or 'K') -> the `rank` input directions that carry most attention of far pairs, and of near ones.
     Blockwise, memory grows with T."""
-    inputs, sums, mass, hooks = {}, {}, {}, []
+    inputs: dict[int, torch.Tensor] = {}
+    sums: dict[tuple[int, str], torch.Tensor] = {}  # (layer, role) -> (2, d, d), of far pairs and of near ones
+    mass: dict[int, list[torch.Tensor]] = {}
+    hooks = []
     for m in model.modules():
         if hasattr(m, "q_proj") and hasattr(m, "layer_idx"):
             hooks.append(
@@ -294,9 +299,8 @@ def far_directions(
         m = torch.stack(mass[layer]).sum(0)
         if not m[0] > 0:
             raise ValueError(f"no attention of layer {layer} goes {far} tokens back: give longer rows or a smaller far")
-        out[layer, role] = FarDirections(
-            *(torch.linalg.eigh(x.double())[1][:, -rank:].float() for x in M), float(m[0] / m.sum())
-        )
+        far_ones, near_ones = (torch.linalg.eigh(x.double())[1][:, -rank:].float() for x in M)
+        out[layer, role] = FarDirections(far_ones, near_ones, float(m[0] / m.sum()))
     return out
 
 # %% ../nbs/07b_drift.ipynb #3752d42c
@@ -343,7 +347,8 @@ def attention_reach(
 ) -> AttentionReach:
     """Mean distance and entropy of every head of the softmax layers, a sequence at a time; memory grows with T.
     Raises ValueError without a softmax layer."""
-    B, found = len(_rows(batch)), {}
+    B = len(_rows(batch))
+    found: dict[int, np.ndarray] = {}  # layer -> (3, B, heads)
 
     def on_softmax(group, layer, q, k, mask, scale):
         n, H, T, _ = q.shape
@@ -361,7 +366,8 @@ def attention_reach(
     layers = sorted(found)
     if len({found[i].shape for i in layers}) > 1:
         raise ValueError("the softmax layers have different numbers of heads: this table needs one")
-    return AttentionReach(layers, *np.stack([found[i] for i in layers], 2), beyond)
+    distance, entropy, far = np.stack([found[i] for i in layers], 2)
+    return AttentionReach(layers, distance, entropy, far, beyond)
 
 # %% ../nbs/07b_drift.ipynb #a93cdd7f
 def needle_places(
@@ -423,7 +429,8 @@ def retrieval_scores(
         raise ValueError("asking and value must be (B, Q, L), a place for each question of each row of ids")
     if asking.min() < 0 or asking.max() >= ids.shape[1] or value.min() < 0 or value.max() >= ids.shape[1]:
         raise ValueError("asking or value names a position outside the rows: count from 0")
-    found, B = {}, len(ids)
+    found: dict[int, np.ndarray] = {}
+    B = len(ids)
 
     def on_softmax(group, layer, q, k, mask, scale):
         (n, H, *_), n_kv, wide = q.shape, k.shape[1], torch.promote_types(q.dtype, torch.float32)

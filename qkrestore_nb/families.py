@@ -136,7 +136,7 @@ _default: dict = dict(
 
 families = {
     name: _default | entry
-    for name, entry in dict(
+    for name, entry in dict[str, dict](
         hypenet=dict(
             models=[
                 "hypenet",

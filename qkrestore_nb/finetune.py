@@ -62,7 +62,8 @@ def encode_chat(
 ) -> tuple[list[int], list[int]]:
     "Ids and labels of one conversation in the tokenizer's chat template (without one: texts on lines of their own); labels are -100 but for the assistant's words."
     if not tokenizer.chat_template:
-        ids, labels = [], []
+        ids: list[int] = []
+        labels: list[int] = []
         for m in messages:
             said = m["role"] == "assistant"
             new = tokenizer(m["content"] + ("" if said else "\n"), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * (said and tokenizer.eos_token_id is not None)
@@ -90,7 +91,7 @@ def packed_rows(
 ) -> Iterator[dict[str, list[int]]]:
     "Rows of several conversations: dicts of input_ids, labels (-100: no weight) and position_ids, which begin anew with each; lists of T."
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    row = dict(input_ids=[], labels=[], position_ids=[])
+    row: dict[str, list[int]] = dict(input_ids=[], labels=[], position_ids=[])
     def full():
         left = T - len(row["input_ids"])
         for key, filler in (("input_ids", [pad] * left), ("labels", [-100] * left), ("position_ids", list(range(left)))): row[key] += filler

@@ -122,7 +122,8 @@ def read_journal(
     if (head := journal_head(folder)) is None:
         raise CheckpointError(f"{folder} has no {JOURNAL}: nothing was restored there in place, or it was undone already")
     header, at = head
-    pairs, taken = [], {}
+    pairs = []
+    taken: dict[str, list] = {}
     try:
         for row in header["moves"]:
             name = row["file"]

@@ -107,13 +107,15 @@ def linear_attention_chunked(
         cut = lambda x: x[:, :whole].unflatten(1, (-1, chunk))                                   # (B, N, C, ...)
         d = cut(q.new_zeros(1, T) if documents is None else documents)
         last, before = d[..., -1], torch.cat([d[:, :1, 0], d[:, :-1, -1]], 1)
-        inside, U = linear_attention_quadratic(*(cut(x).flatten(0, 1) for x in (q, k, v)), decay, None, None if documents is None else d.flatten(0, 1))
+        one = None if documents is None else d.flatten(0, 1)
+        given = [cut(x).flatten(0, 1) for x in (q, k, v)] + [decay, None, one]  # chunks in the place of rows
+        inside, U = linear_attention_quadratic(*given)
         states, S = _scan(U.unflatten(0, (B, -1)), decay * chunk, S, before, last)
         reach = (decay * (torch.arange(chunk, device=q.device) + 1)[:, None]).exp()[..., None] * (d == before[..., None])[..., None, None]
         outputs.append((inside.unflatten(0, (B, -1)) + torch.einsum("bnthd,bnhde->bnthe", cut(q) * reach, states)).flatten(1, 2))
     if whole < T:  # what is left over is shorter than a chunk: the quadratic form
         rest = None if documents is None else documents[:, whole:]
-        if whole and documents is not None: S = S * (documents[:, whole - 1] == rest[:, 0])[:, None, None, None]
+        if whole and rest is not None: S = S * (last[:, -1] == rest[:, 0])[:, None, None, None]
         o, S = linear_attention_quadratic(q[:, whole:], k[:, whole:], v[:, whole:], decay, S, rest)
         outputs.append(o)
     return torch.cat(outputs, 1), S
@@ -146,7 +148,7 @@ def _fla():
     return fla.ops.simple_gla.chunk
 
 
-_last = []  # documents, their version, their borders: every layer of a forward asks for the same, and each answer makes the GPU wait
+_last: list = []  # documents, their version, their borders: every layer of a forward asks for the same, and each answer makes the GPU wait
 
 
 def _borders(documents: Tensor) -> Tensor:
@@ -308,7 +310,8 @@ def compare_forms(
                 S0 = None if state is None else state.to(x[0].device, torch.float64 if name == "judge" else torch.float32).requires_grad_()
                 d = None if documents is None else documents.to(x[0].device)
                 form = FORMS["recurrent" if name == "judge" else name]
-                o, S = form(*x, cast(decay) if name == "judge" else decay.to(device, torch.float32), S0, d)
+                given = [*x, cast(decay) if name == "judge" else decay.to(device, torch.float32), S0, d]
+                o, S = form(*given)
                 loss = (o * cast(w)).sum() + S.square().sum() / 2
                 results[name] = [o, S, *torch.autograd.grad(loss.double(), x + ([S0] if state is not None else []))]
             for name in forms:
@@ -355,7 +358,8 @@ def delta_rule_chunked(q, k, v, decay, beta, state=None, chunk: int = 64) -> tup
     "The same, `chunk` tokens at a time with the state handed on: time that grows with T. Arguments as in `delta_rule_recurrent`."
     outputs = []
     for part in zip(*(x.split(chunk, 1) for x in (q, k, v, decay, beta))):
-        o, state = delta_rule_quadratic(*part, state)
+        given = [*part, state]
+        o, state = delta_rule_quadratic(*given)
         outputs.append(o)
     return torch.cat(outputs, 1), state
 

@@ -371,8 +371,11 @@ def projection_gradients(
         raise ValueError(
             "bins=None: a part for each distance would be a matrix for each; give a number of bins or their edges"
         )
-    kinds, found, total, loss = {}, {}, {}, 0.0
-    sequences = {}
+    loss = 0.0
+    kinds: dict[int, str] = {}
+    found: dict[int, np.ndarray] = {}
+    total: dict[tuple[int, str], list] = {}
+    sequences: dict[int, np.ndarray] = {}
 
     def watch(layer, kind, q, k, v, o, **how):
         if not takes(layer, kind):

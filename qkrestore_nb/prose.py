@@ -113,7 +113,7 @@ def haystack(
     n_keys, n_values, n_queries = (spec.get(x, 1) for x in ("keys", "values", "queries"))
     words = words or local_keys()
     if spec["key"] == "words" and len(words) < n_keys + size * (spec["haystack"] == "needle"): raise ValueError(f"{kind} of {size} lines needs as many keys, and there are {len(words)}: give more words")
-    found = {}  # key -> values
+    found: dict[str, list[str]] = {}  # key -> values
     for _ in range(n_keys):
         key = _new_key(rng, spec, words, found)
         found[key] = [_draw(rng, spec["value"], words) for _ in range(n_values)]

@@ -215,7 +215,8 @@ def recall(
     from transformers import StaticCache
     fast = _static(model) and model.device.type == "cuda"
     cache = StaticCache(config=model.config, max_cache_len=max(T for sizes in plan.values() for T, _, _ in sizes) + 8) if fast else None
-    step, out = compiled_step(model) if fast else None, {}
+    step = compiled_step(model) if fast else None
+    out: dict[str, dict] = {}
     for kind, sizes in plan.items():
         for T, n, questions in sizes:
             tell(f"{kind} at {T:,} tokens")
