@@ -224,9 +224,8 @@ def _sorted_out(
             "orthogonal",
         ):
             raise CheckpointError(
-                f"the adapter begins from the base model's own weights "
-                f"(init_lora_weights={adapter['init_lora_weights']}), and of {module} only some rows are chosen: "
-                f"merge it first (merge_and_unload)"
+                f"{module} begins from the base model's weights ({adapter['init_lora_weights']}) and only some of its "
+                f"rows are chosen: merge it first (merge_and_unload)"
             )
         for k, found in spans.items():
             size = (keys[k]["end"] - keys[k]["start"]) // max(1, math.prod(keys[k]["shape"]))

@@ -451,10 +451,10 @@ def needs(
     """
     import json
     from qkrestore_nb.finetune import training_needs
-    from qkrestore_nb.scale import _config, needs as count
+    from qkrestore_nb.scale import config_of, needs as count
     from transformers.utils import logging
     logging.set_verbosity_error()  # its remarks on token ids have nothing to do with the question
-    config = _config(ckpt, trust_remote_code)
+    config = config_of(ckpt, trust_remote_code)
     n = count(config, tokens)
     train = {str(g): training_needs(config, 4096, g, parameters=n["parameters"])["total_gb"] for g in (1, 2, 4, 8)}
     if as_json: return echo(json.dumps(n | dict(training_gb=train)))
