@@ -130,9 +130,9 @@ def training_needs(
 ) -> dict:
     "GB on each card for fine-tuning with checkpointed activations: state (weights, gradients, moments), activations, logits, total."
     from qkrestore_nb.families import layer_kinds, text_config
-    from qkrestore_nb.scale import config_of, needs
+    from qkrestore_nb.scale import built, config_of
     config = config_of(checkpoint, trust_remote_code)
-    c, parameters = text_config(config.to_dict()), parameters or needs(config, T)["parameters"]
+    c, parameters = text_config(config.to_dict()), parameters or sum(p.numel() for p in built(config).parameters())
     d, ffn, layers = c["hidden_size"], c.get("intermediate_size") or 4 * c["hidden_size"], len(layer_kinds(config.to_dict()))
     whole = (gpus > 1) * (12 * parameters / layers + 8 * c["vocab_size"] * d)  # two layers and a gradient on their way, the embedding and its gradient
     state = 2 * parameters if lora else 16 * parameters / gpus + whole
@@ -173,8 +173,8 @@ def _run_folder(out: Path, recipe: dict) -> Path:
 
 def _rows_at_once(config, T: int, share: int, world: int, rank: int, out: Path, cuda: bool) -> int:
     "How many of its share of rows a card reads at once. CheckpointError where memory or the disk is too small for one, with the numbers."
-    from qkrestore_nb.scale import needs, room_gb
-    parameters = needs(config, T)["parameters"]
+    from qkrestore_nb.scale import built, room_gb
+    parameters = sum(p.numel() for p in built(config).parameters())
     def size(cards, n=1): return training_needs(config, n * T, cards, bool(rank), parameters=parameters)["total_gb"]
     need, free = size(world) if cuda else world * size(1), room_gb("cuda" if cuda else "cpu")
     if need > free:

@@ -279,7 +279,8 @@ def linear_attention(
     dtype = torch.float32 if v.dtype == torch.float16 else v.dtype
     q, k, v = (q, k, v.to(dtype)) if backend == "triton" else (q.float(), k.float(), v.float())
     # entering autocast's context costs as much as a kernel's launch: only where there is one to leave
-    with torch.autocast(q.device.type, enabled=False) if torch.is_autocast_enabled(q.device.type) else contextlib.nullcontext():
+    where = q.device.type
+    with torch.autocast(where, enabled=False) if where != "meta" and torch.is_autocast_enabled(where) else contextlib.nullcontext():
         o, state = FORMS[backend](q, k, v, decay.float(), state, documents, *[borders] * (backend == "triton"))
     return o.to(dtype), state
 
