@@ -179,10 +179,12 @@ def _drifts(pre, post, choice: Choice, allow: str = "") -> tuple[list[dict], lis
 
     everything, left = _named(read_config(post), choice)
     seen = compare(pre, post, allow=allow, **everything)
-    rows = sorted(
-        (r for r in seen["tensors"] if r["role"] and r["layer"] is not None), key=lambda r: (r["layer"], r["role"])
-    )
-    drift = [dict(layer=r["layer"], role=r["role"], kind=seen["kinds"][r["layer"]], drift=r["drift"]) for r in rows]
+    drift = [
+        dict(layer=r["layer"], role=r["role"], kind=seen["kinds"][r["layer"]], drift=r["drift"])
+        for r in seen["tensors"]
+        if r["role"] and r["layer"] is not None
+    ]
+    drift.sort(key=lambda r: (r["layer"], r["role"]))
     moved = any(r["drift"] != 0 for r in compare(pre, post, allow=allow, **choice)["tensors"])
     return drift, left, moved
 
@@ -222,7 +224,9 @@ def audit(
             "with_latent)"
         )
     tell("drift")
-    (drift, left_out, moved), scores, solved = _drifts(pre, post, choice, allow), {}, {}
+    drift, left_out, moved = _drifts(pre, post, choice, allow)
+    scores: dict[str, dict] = {}
+    solved: dict[str, list] = {}
     with scratch(Path(post).resolve().parent / "audit") as work:
         tell("the restore")
         (work / "new").mkdir()

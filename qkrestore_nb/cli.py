@@ -453,14 +453,14 @@ def needs(
     """
     import json
     from qkrestore_nb.finetune import training_needs
-    from qkrestore_nb.scale import _config, needs as count
+    from qkrestore_nb.scale import config_of, needs as count
     from transformers.utils import logging
     logging.set_verbosity_error()  # its remarks on token ids have nothing to do with the question
-    config = _config(ckpt, trust_remote_code)
+    config = config_of(ckpt, trust_remote_code)
     n = count(config, tokens)
     train = {str(g): training_needs(config, 4096, g, parameters=n["parameters"])["total_gb"] for g in (1, 2, 4, 8)}
     if as_json: return echo(json.dumps(n | dict(training_gb=train)))
-    echo(f"{ckpt}: {n['parameters'] / 1e9:.2f} billion parameters, {n['disk_gb']:.1f} GB on disk in bfloat16\n"
+    echo(f"{ckpt}: {n['parameters'] / 1e9:.2f} billion parameters ({n['active'] / 1e9:.2f} active), {n['disk_gb']:.1f} GB on disk in bfloat16\n"
                f"reading {tokens:,} tokens: {n['total_gb']:.1f} GB (weights {n['weights_gb']:.1f}, keys and values {n['kv_gb']:.1f}, states {n['states_gb']:.2f}, work {n['work_gb']:.1f}), {n['flops']:.1e} FLOPs\n"
                "fine-tuning all weights in rows of 4,096 tokens, GB on each GPU: " + ", ".join(f"{gb:.0f} on {g}" for g, gb in train.items()))
 

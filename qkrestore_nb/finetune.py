@@ -21,7 +21,7 @@ from functools import cache
 from itertools import count, islice
 from pathlib import Path
 
-from .checkpoints import CheckpointError, _sync, locked, read_json, weight_files, write_whole
+from .checkpoints import CheckpointError, locked, read_json, to_disk, weight_files, write_whole
 from .core import pick_profile, provenance
 
 # %% ../nbs/13a_finetune.ipynb #443e7a2f
@@ -112,7 +112,8 @@ def encode_chat(
 ) -> tuple[list[int], list[int]]:
     "Ids and labels of one conversation in the tokenizer's chat template (without one: texts on lines of their own); labels are -100 but for the assistant's words."
     if not tokenizer.chat_template:
-        ids, labels = [], []
+        ids: list[int] = []
+        labels: list[int] = []
         for m in messages:
             said = m["role"] == "assistant"
             new = tokenizer(m["content"] + ("" if said else "\n"), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * (said and tokenizer.eos_token_id is not None)
@@ -140,7 +141,7 @@ def packed_rows(
 ) -> Iterator[dict[str, list[int]]]:
     "Rows of several conversations: dicts of input_ids, labels (-100: no weight) and position_ids, which begin anew with each; lists of T."
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    row = dict(input_ids=[], labels=[], position_ids=[])
+    row: dict[str, list[int]] = dict(input_ids=[], labels=[], position_ids=[])
     def full():
         left = T - len(row["input_ids"])
         for key, filler in (("input_ids", [pad] * left), ("labels", [-100] * left), ("position_ids", list(range(left)))): row[key] += filler
@@ -179,9 +180,9 @@ def training_needs(
 ) -> dict:
     "GB on each card for fine-tuning with checkpointed activations: state (weights, gradients, moments), activations, logits, total."
     from qkrestore_nb.families import layer_kinds, text_config
-    from qkrestore_nb.scale import _config, needs
-    config = _config(checkpoint, trust_remote_code)
-    c, parameters = text_config(config.to_dict()), parameters or needs(config, T)["parameters"]
+    from qkrestore_nb.scale import built, config_of
+    config = config_of(checkpoint, trust_remote_code)
+    c, parameters = text_config(config.to_dict()), parameters or sum(p.numel() for p in built(config).parameters())
     d, ffn, layers = c["hidden_size"], c.get("intermediate_size") or 4 * c["hidden_size"], len(layer_kinds(config.to_dict()))
     whole = (gpus > 1) * (12 * parameters / layers + 8 * c["vocab_size"] * d)  # two layers and a gradient on their way, the embedding and its gradient
     state = 2 * parameters if lora else 16 * parameters / gpus + whole
@@ -222,8 +223,8 @@ def _run_folder(out: Path, recipe: dict) -> Path:
 
 def _rows_at_once(config, T: int, share: int, world: int, rank: int, out: Path, cuda: bool) -> int:
     "How many of its share of rows a card reads at once. CheckpointError where memory or the disk is too small for one, with the numbers."
-    from qkrestore_nb.scale import needs, room_gb
-    parameters = needs(config, T)["parameters"]
+    from qkrestore_nb.scale import built, room_gb
+    parameters = sum(p.numel() for p in built(config).parameters())
     def size(cards, n=1): return training_needs(config, n * T, cards, bool(rank), parameters=parameters)["total_gb"]
     need, free = size(world) if cuda else world * size(1), room_gb("cuda" if cuda else "cpu")
     if need > free:
@@ -331,8 +332,8 @@ def finetune(
     try: from accelerate.utils import set_seed
     except ImportError as e: raise CheckpointError('accelerate is missing: pip install "qkrestore_nb[train]"') from e
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from qkrestore_nb.scale import _config
-    found = _config(checkpoint, trust_remote_code)
+    from qkrestore_nb.scale import config_of, opened
+    found = config_of(checkpoint, trust_remote_code)
     kept = found.dtype or torch.float32  # out has the format that pre has, so that one can be restored from the other
     cuda = torch.cuda.is_available()
     dtype = dtype or pick_profile().dtype
@@ -350,14 +351,14 @@ def finetune(
     run = _run_folder(out, recipe)
     at_once = _rows_at_once(found, T, rows // world, world, rank, out, cuda)
     at_once = int(accelerator.gather(torch.tensor([at_once], device=accelerator.device)).min())  # the same on every card, and all have looked before one writes
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    tokenizer = opened(AutoTokenizer, checkpoint, trust_remote_code)
     cut = _looked_through(data, tokenizer, T)
     if recall: next(recall_chats(tokenizer, T - 32, seed))  # can it be asked?
     report = _tracker(accelerator, report_to, run, recipe)
     with _held(run, recipe) if accelerator.is_main_process else nullcontext():
         set_seed(seed)
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype) if rank and cuda else torch.float32,
-                                                     trust_remote_code=trust_remote_code, use_safetensors=True)
+        numbers = getattr(torch, dtype) if rank and cuda else torch.float32
+        model = opened(AutoModelForCausalLM, checkpoint, trust_remote_code, dtype=numbers, use_safetensors=True)
         config = model.config
         model, opt = _prepared(accelerator, model, T, lr, rank, qk_lr)
         def stream(): return _mixed(lambda: packed_rows(read_chats(data), tokenizer, T), lambda: packed_rows(recall_chats(tokenizer, T - 32, seed), tokenizer, T), recall, seed)
@@ -405,7 +406,7 @@ def _keep(accelerator, model, opt, run: Path, step: int, log: list):
     if _part(accelerator, model) == me: save_file({k: t.detach().contiguous() for k, t in _state(accelerator, model, opt).items()}, folder / f"part-{me}.safetensors")
     random = dict(cpu=torch.get_rng_state()) | (dict(cuda=torch.cuda.get_rng_state()) if torch.cuda.is_available() else {})
     save_file(random, folder / f"random-{me}.safetensors")
-    for file in folder.glob(f"*-{me}.safetensors"): _sync(file)
+    for file in folder.glob(f"*-{me}.safetensors"): to_disk(file)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
@@ -474,7 +475,7 @@ def _finish(accelerator, model, config, dtype, tokenizer, run, out, rank, recipe
         inner.save_pretrained(part, state_dict={k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()})
         tokenizer.save_pretrained(part)
         (part / "finetune.json").write_text(json.dumps(dict(**provenance(**recipe), processes=accelerator.num_processes, peak_gpu_gb=peak, log=log), indent=1))
-        for path in (*part.rglob("*"), part): _sync(path)
+        for path in (*part.rglob("*"), part): to_disk(path)
         if os.path.lexists(out): raise CheckpointError(f"{out} has appeared meanwhile: move it away, and the same command goes on")
         part.rename(out)
         shutil.rmtree(run)

@@ -216,19 +216,21 @@ def figure(
     shade = dict(softmax=colors["softmax"], swa="#F6DCA6", linear=colors["linear"], conv="#C9C9C9", mlp="white") | {
         "?": "#EEEEEE"
     }
-    drifts, few = (
-        [r for r in seen["tensors"] if r.get("drift") is not None and r["role"] and r["layer"] is not None],
-        len(seen["kinds"]) <= 40,
-    )
+    drifts = [
+        (r["layer"], r["role"], 100 * drift)
+        for r in seen["tensors"]
+        if (drift := r.get("drift")) is not None and r["role"] and r["layer"] is not None
+    ]
+    few = len(seen["kinds"]) <= 40
     fig, ax = plt.subplots(figsize=(8, 3.2 if drifts else 1.5))
-    top = 100 * max((r["drift"] or 0 for r in drifts), default=0) or 1
+    top = max((height for *_, height in drifts), default=0) or 1
     for i, kind in enumerate(seen["kinds"]):
         ax.bar(i, -0.12 * top, width=0.92, color=shade[kind], edgecolor="#bbbbbb", linewidth=0.5)
-    for r in drifts:
-        x = r["layer"] + 0.2 * ("qkvo".index(r["role"]) - 0.5)
-        ax.bar(x, 100 * r["drift"], width=0.18, color=colors["post"])
+    for layer, role, height in drifts:
+        x = layer + 0.2 * ("qkvo".index(role) - 0.5)
+        ax.bar(x, height, width=0.18, color=colors["post"])
         if few:
-            ax.text(x, 100 * r["drift"], r["role"].upper(), ha="center", va="bottom", fontsize=9)
+            ax.text(x, height, role.upper(), ha="center", va="bottom", fontsize=9)
     ax.set(
         xlabel="layer",
         title=f"{Path(seen['folder']).name} ({seen['family'] or seen['model_type']})"

@@ -142,7 +142,8 @@ def _effective(projection) -> torch.Tensor:
 def _query_key(model) -> dict[str, list]:
     "role -> its projections in the softmax layers. Raises ValueError where there are none."
     inner = _unwrapped(model)
-    softmax, found = softmax_layers(inner), dict(q=[], k=[])
+    softmax = softmax_layers(inner)
+    found: dict[str, list] = dict(q=[], k=[])
     for name, m in inner.named_modules():
         if softmax is not None and layer_number(f"{name}.") not in softmax:
             continue

@@ -265,14 +265,14 @@ def _check_floats(side: Side, name: str, dtype: str) -> None:
     )
     if scale := next((n for n in beside if n in side.tensors), None):
         raise CheckpointError(
-            f"{name} of {side.which} is quantized, its scales are {scale}: quantized projections cannot be put back "
-            f"one by one, restore before quantizing"
+            f"{name} of {side.which} is quantized ({scale.rpartition('.')[2]}): it cannot be put back alone, restore "
+            f"before quantizing"
         )
     if dtype not in _torch_dtypes.values():
         by = f" ({side.quantized})" if side.quantized else ""
         raise CheckpointError(
-            f"{name} of {side.which} is stored as {dtype}{by}: quantized projections cannot be put back one by one, "
-            f"restore before quantizing"
+            f"{name} of {side.which} is stored as {dtype}{by}: what is quantized cannot be put back alone, restore "
+            f"before quantizing"
         )
 
 # %% ../nbs/08b_moves.ipynb #3f6410ab
@@ -325,9 +325,9 @@ def plan_sides(
         on = (
             ""
             if reason.startswith(("allow=", "pre is a", "the kinds"))
-            else f". If that is meant, allow={reason.split()[0]!r} (--allow {reason.split()[0]})"
+            else f"; if it is meant: --allow {reason.split()[0]}"
         )
-        raise CheckpointError(f"{reason}. Q and K of one would mean something else in the other{on}")
+        raise CheckpointError(f"{reason}: Q and K of one mean something else in the other{on}")
     if selection.tensors is not None:
         a, b = _by_hand(pre, post, selection)
     else:

@@ -228,7 +228,7 @@ def read_note(
         return note_of(raw)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(
-            f"{path} cannot be read ({repr(e)[:100]}): it is not the note of a restore, so restore again"
+            f"{path} cannot be read ({repr(e)[:60]}): it is not the note of a restore, so restore again"
         ) from e
 
 # %% ../nbs/08c_note.ipynb #2fc1617d

@@ -85,7 +85,8 @@ def pack(
     packed: bool = False,  # as many problems as fit, one after another; False: one a row
 ) -> tuple[np.ndarray, np.ndarray]:
     "Rows of problems, filled up with PAD: ids (B, T) and known (B, T). Raises ValueError for a problem longer than a row."
-    ids, known = np.full((B, T), token_id["PAD"]), np.zeros((B, T), bool)
+    ids = np.full((B, T), token_id["PAD"])
+    known: np.ndarray = np.zeros((B, T), bool)
     problems = iter(problems)
     waiting = next(problems)
     for b in range(B):
