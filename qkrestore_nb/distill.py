@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['convert', 'watched', 'calibrate', 'layer_errors', 'align', 'distance', 'distil', 'windowed', 'answered',
            'layer_values', 'choose_layers', 'samples', 'answer_rows', 'text_batch', 'replies', 'judged', 'spoken',
-           'heard', 'smollm2', 'sound', 'word_problems', 'shares', 'contrast']
+           'shares', 'smollm2', 'sound', 'word_problems']
 
 # %% ../nbs/12_real_model.ipynb #42343a46
 import re
@@ -348,12 +348,16 @@ def spoken(
     "How the model's `replies` are `judged`: for each row whether the answer comes at once, and whether it comes at all."
     return judged(tokenizer, rows, replies(model, tokenizer, rows, **settings))
 
-# %% ../nbs/12_real_model.ipynb #12f00002
-def heard(
-    run: dict,  # a record of results: variant -> test -> length -> counts, in "scores"
-) -> dict:
-    "The same record, right if the answer is said at all; counts that do not say so stay as they are."
-    return dict(run, scores={v: {test: {T: dict(c, correct=c.get("said", c["correct"])) for T, c in by.items()} for test, by in s.items()} for v, s in run["scores"].items()})
+# %% ../nbs/12_real_model.ipynb #c0ntrast
+def shares(
+    runs: list[dict],     # records with scores: variant -> test -> length -> counts
+    variant: str,         # a key of scores
+    cells: list,          # (test, length) pairs, averaged with equal weight
+    exact: bool = False,  # count exact matches; otherwise generated answers, where a cell has them
+) -> np.ndarray:
+    "Percent right, one number a run."
+    def one(cell): return (cell["correct"] if exact else cell.get("said", cell["correct"])) / cell["n"]
+    return np.array([100 * np.mean([one(run["scores"][variant][test][str(length)]) for test, length in cells]) for run in runs])
 
 # %% ../nbs/12_real_model.ipynb #d91d25cf
 def smollm2(
@@ -410,32 +414,3 @@ def word_problems(
         out.append(dict(prompt=x["question"], completion=x["metadata"]["answer_cot"], answer=str(x["answer"]), kind=kind))
         if len(out) == n: return out
     raise ValueError(f"only {len(out)} of {n} problems could be made")
-
-# %% ../nbs/12_real_model.ipynb #c0ntrast
-def shares(
-    runs: list[dict],  # records with scores
-    variant: str,      # a key of scores
-    cells: list,       # (test, length) pairs, averaged with equal weight
-    draw: np.random.Generator | None = None,  # draw the answers anew from their binomials
-) -> np.ndarray:
-    "Percent right, one number a run."
-    def one(scores, test, length):
-        cell = scores[test][str(length)]
-        return (cell["correct"] if draw is None else draw.binomial(cell["n"], cell["correct"] / cell["n"])) / cell["n"]
-    return np.array([100 * np.mean([one(run["scores"][variant], *c) for c in cells]) for run in runs])
-
-
-def contrast(
-    runs: list[dict],
-    f: Callable,         # (shares of a variant: variant, cells -> array) -> one number a run
-    draws: int = 2000,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """Mean over runs of f, and a 95% interval from drawing runs and answers again. It counts the noise of the questions twice and is
-    too wide (chapter 10a has a better one); these records keep no bits, and their runs are too few for Student's t."""
-    rng, means = np.random.default_rng(seed), []
-    for _ in range(draws):
-        each = f(lambda variant, cells: shares(runs, variant, cells, rng))
-        means.append(np.mean(each[rng.integers(0, len(each), len(each))]))
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(np.mean(f(lambda variant, cells: shares(runs, variant, cells)))), float(low), float(high)
