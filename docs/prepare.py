@@ -53,7 +53,8 @@ def chapter(path: Path, root: Path = ROOT) -> dict:
     "What docs/chapters.toml says of a notebook. Raises ValueError for one that it lacks."
     said = {k: v for named in parts(root).values() for k, v in named.items()} | {"index": {"read": 5}}
     if (name := name_of(path)) in said: return said[name]
-    raise ValueError(f"docs/chapters.toml has no line for {path.name}: add `{name} = {{ title = .., read = MINUTES }}` to a part")
+    line = f"`{name} = {{ title = .., read = MINUTES }}`"
+    raise ValueError(f"docs/chapters.toml has no line for {path.name}: add {line} to a part")
 
 
 def repository() -> str: return addresses()["repository"]
@@ -66,7 +67,8 @@ def directives(source: str) -> tuple[dict[str, str], str]:
     found = {k.strip(":"): v.strip() for k, _, v in (line[2:].strip().partition(" ") for line in lines[:n])}
     if unknown := found.keys() - KNOWN:
         raise ValueError(f"`#| {min(unknown)}` is new: say in docs/prepare.py what the site does with it")
-    return found, "\n".join(lines[n:]).strip("\n")
+    rest = [line for line in lines[n:] if not line.startswith("#@title ")]  # Colab's word for a folded cell
+    return found, "\n".join(rest).strip("\n")
 
 
 def defined(source: str) -> list:
@@ -253,7 +255,8 @@ def contents(stems: list[str], root: Path = ROOT) -> dict[str, list[tuple[str, s
     Raises ValueError for a line of docs/chapters.toml without its notebook."""
     pages, found = {name_of(Path(stem)): stem for stem in stems}, {}
     for part, named in parts(root).items():
-        if gone := named.keys() - pages.keys(): raise ValueError(f"docs/chapters.toml names {min(gone)}, and no notebook is called so")
+        if gone := named.keys() - pages.keys():
+            raise ValueError(f"docs/chapters.toml names {min(gone)}, and no notebook is called so")
         found[part] = [(said["title"], pages[name]) for name, said in named.items()]
     found["Reference"].append(("All functions", "api"))
     found["Log"].insert(0, ("What was tried", "log"))

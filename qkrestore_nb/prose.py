@@ -162,7 +162,7 @@ def check_tokenizer(
     needle = sentence("uuids", "early-quiet-lantern", "4628193 0f3b9c1e-77aa-4d2b-8c5e-9d1f2a3b4c5d")
     said = tokenizer.decode(tokenizer(needle, add_special_tokens=False)["input_ids"], skip_special_tokens=True)
     if "".join(said.split()) != "".join(needle.split()):
-        raise ValueError(f"this tokenizer turns the needle {needle!r} into {said[:80]!r}: it cannot spell it, so recall in prose cannot be asked. Use the tokenizer that the checkpoint was trained with")
+        raise ValueError(f"this tokenizer turns the needle {needle!r} into {said[:80]!r}: it cannot spell it, so recall in prose cannot be tested. Use the tokenizer that the checkpoint was trained with")
 
 
 def prose_test(
