@@ -353,7 +353,7 @@ def finetune(
     at_once = int(accelerator.gather(torch.tensor([at_once], device=accelerator.device)).min())  # the same on every card, and all have looked before one writes
     tokenizer = opened(AutoTokenizer, checkpoint, trust_remote_code)
     cut = _looked_through(data, tokenizer, T)
-    if recall: next(recall_chats(tokenizer, T - 32, seed))  # can it be asked?
+    if recall: next(recall_chats(tokenizer, T - 32, seed))  # do haystacks fit?
     report = _tracker(accelerator, report_to, run, recipe)
     with _held(run, recipe) if accelerator.is_main_process else nullcontext():
         set_seed(seed)
