@@ -64,7 +64,7 @@ sfts: dict[str, SFT] = dict(
     near=SFT(), far=SFT(dict(chain="far")),
     packed=SFT(_end_to_end, _fewer), borders=SFT(_end_to_end, _fewer, borders=True), packed_long=SFT(_end_to_end), wide=SFT(dict(rows=264)),
     direct=SFT(dict(chain="none", most=1, tasks="MDH")), talk=SFT(dict(talk=True)), MA=SFT(dict(tasks="MA")), DH=SFT(dict(tasks="DH")),
-    lr1e_4=SFT(lr=.2), lr2e_4=SFT(lr=.4), lr3e_4=SFT(lr=.6), lr1e_3=SFT(lr=2.), half=SFT(steps=.5), twice=SFT(steps=2.),
+    lr5e_5=SFT(lr=.1), lr1e_4=SFT(lr=.2), lr2e_4=SFT(lr=.4), lr3e_4=SFT(lr=.6), lr1e_3=SFT(lr=2.), half=SFT(steps=.5), twice=SFT(steps=2.),
     frozen=SFT(qk_lr=0.), slow=SFT(qk_lr=.1), pull3=SFT(pull=3.), pull10=SFT(pull=10.), lora1=SFT(rank=16), lora3=SFT(rank=16, lr=3.), lora10=SFT(rank=16, lr=10.),
     recall1=SFT(dict(recall=.01)), recall3=SFT(dict(recall=.03)), recall10=SFT(dict(recall=.1)),
     narrow=SFT(dict(rows=32)), **{f"{place}{T}": SFT(dict(rows=32, window=place, T=T)) for place in ("random", "end") for T in (512, 2048)})

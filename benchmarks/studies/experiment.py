@@ -3,7 +3,8 @@
 In a first round a seed is a process: pre-training, the recipe's own fine-tuning, its variants. In a second one the other kinds are
 shared out, --chunks processes a seed. Several models: `--models hypenet7m silu7m`; the first one's other kinds are made. `--check`
 evaluates as the prototype did, one question a haystack. With --minutes what still runs is stopped; the same command goes on from
-there. OUT gets results.tar.gz (the json files and logs), with --ship the checkpoints of the median run and its name, and with
+there. --begin FOLDER takes models before fine-tuning that --bring and results.tar.gz gave (pre-seedN.safetensors beside MODEL-near-seedN.json)
+instead of training them again. OUT gets results.tar.gz (the json files and logs), with --ship the checkpoints of the median run and its name, and with
 --bring N the models before fine-tuning of the first N seeds."""
 import argparse
 import json
@@ -55,6 +56,7 @@ ask.add_argument("--minutes", type=float, default=600.)
 ask.add_argument("--check", action="store_true")
 ask.add_argument("--ship", action="store_true")
 ask.add_argument("--bring", type=int, default=0)
+ask.add_argument("--begin", type=Path)
 args = ask.parse_args()
 
 seeds, started = seed_numbers(args.seeds), time.monotonic()
@@ -63,6 +65,23 @@ args.runs.mkdir(exist_ok=True), args.out.mkdir(exist_ok=True)
 
 
 def folder(model: str, seed: int) -> Path: return args.runs / f"{model}-seed{seed}"
+
+
+def begin(model: str, seed: int) -> None:
+    "A run folder as it stood when `near` was done, without near's own weights: kinds go on from its model before fine-tuning."
+    note, weights, run = args.begin / f"{model}-near-seed{seed}.json", args.begin / f"pre-seed{seed}.safetensors", folder(model, seed)
+    if run.exists() or not (note.exists() and weights.exists()): return
+    record = json.loads(note.read_text())
+    config = {k: v for k, v in record["config"].items() if k != "kind"}
+    made = HypeNetForCausalLM(HypeNetConfig(**config["fields"]))
+    made.load_state_dict(load_file(weights), strict=False)  # a tied or derived buffer is in no file; `save` writes what was read
+    run.mkdir()
+    save(made, run / "pre")
+    assert all(torch.equal(x, y) for x, y in zip(*(load_file(f).values() for f in (weights, run / "pre" / "model.safetensors")), strict=True))
+    shutil.copy(note, run / note.name)
+    (run / "recipe.json").write_text(json.dumps(dict(seed=seed, **config)))
+    (run / "pretraining.json").write_text(json.dumps(record["pretraining"]))
+    (run / "near.json").write_text(json.dumps(record["sft"]))
 
 
 def job(model: str, seed: int, calls: list[tuple]) -> list[str]:
@@ -81,6 +100,13 @@ for model in args.models:
 for seed in seeds:
     for chunk in range(args.chunks):
         if some := tuple(kinds[chunk::args.chunks]): rounds[1][f"{args.models[0]}-seed{seed}-{chunk}"] = job(args.models[0], seed, [(some, decisive, 0)])
+if args.begin:
+    import torch
+    from safetensors.torch import load_file
+
+    from qkrestore_nb.experiment import save
+    from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM
+    for seed in seeds: begin(args.models[0], seed)
 for jobs in rounds:
     print(run_jobs(jobs, args.runs / "logs", args.per_gpu, args.minutes - (time.monotonic() - started) / 60), flush=True)
 with tarfile.open(args.out / "results.tar.gz", "w:gz") as tar:

@@ -24,7 +24,7 @@ from qkrestore_nb.projections import projection_gradients
 from qkrestore_nb.recall import recall_test, score
 from qkrestore_nb.training import document_positions, sft_batch, train, weighted_loss
 
-FAR = 32
+FAR, DEVICE = 32, "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = ["near", "far", "packed", "packed_long", "borders", "wide", "narrow", "direct", "talk", "MA", "DH", "recall1", "recall3", "recall10",
          "random512", "end512", "random2048", "end2048"]
 
@@ -33,7 +33,8 @@ def sample(kind: str, seed: int, step: int = 0, tokens: int = 16384) -> dict:
     "A batch of a kind, of about so many tokens whatever the recipe's rows."
     data = sfts[kind].data
     ids, weights = sft_batch(step, seed, **data | dict(rows=tokens // data.get("T", 128)))
-    return dict(input_ids=ids, weights=weights) | (dict(position_ids=document_positions(ids)) if sfts[kind].borders else {})
+    more = dict(position_ids=document_positions(ids)) if sfts[kind].borders else {}
+    return {k: x.to(DEVICE) for k, x in dict(input_ids=ids, weights=weights, **more).items()}
 
 
 def gradients(model, batch: dict) -> dict[str, torch.Tensor]:
@@ -56,10 +57,9 @@ def features(model, batch: dict, recall_gradient: dict[str, torch.Tensor], softm
 
 def trial(pre: Path, kind: str, seed: int, steps: int) -> dict:
     "A short fine-tuning, and what recall is left: as `evaluate` keeps it, S3 at 4K tokens and a full haystack at 1K."
-    model, sft = HypeNetForCausalLM.from_pretrained(pre, dtype=torch.float32), sfts[kind]
+    model, sft = HypeNetForCausalLM.from_pretrained(pre, dtype=torch.float32).to(DEVICE), sfts[kind]
     how = recipes["gpu"]["sft"] | dict(steps=steps, warmup=5)
-    small = dict(rows=max(1, 4096 // sft.data.get("T", 128)))
-    train(model, partial(sft_batch, seed=seed, **sft.data | small), **how, loss=partial(weighted_loss, borders=sft.borders), every=steps, label=kind)
+    train(model, partial(sft_batch, seed=seed, **sft.data | ({} if DEVICE == "cuda" else dict(rows=max(1, 4096 // sft.data.get("T", 128))))), **how, loss=partial(weighted_loss, borders=sft.borders), every=steps, label=kind)
     return recalled(model.eval(), seed)
 
 
@@ -91,11 +91,12 @@ def main():
     for seed, folder in ((int(s), Path(f)) for s, _, f in (x.partition("=") for x in args.pre)):
         found = made.setdefault(str(seed), dict(features={}, trials={}))
         if all(k in found["features"] for k in args.kinds) and (seed not in args.trials or all(k in found["trials"] for k in args.kinds)): continue
-        model = HypeNetForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = HypeNetForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
         assert model.config.mixer_types == HypeNetConfig(**model_fields).mixer_types
         softmax, model = softmax_layers(model), model.eval()
         tests = [recall_batch(recall_test(*how, seed)) for how in (("S3", 8, 1024, 1), ("MF", 8, 1024, 16))]
         needles = dict(input_ids=torch.cat([ids for ids, _ in tests]), weights=torch.cat([w for _, w in tests]).float())
+        needles = {k: x.to(DEVICE) for k, x in needles.items()}
         recall_gradient = gradients(model, needles)
         for kind in args.kinds:
             if kind in found["features"]: continue
