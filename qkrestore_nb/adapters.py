@@ -184,7 +184,10 @@ def _sorted_out(
 ) -> tuple[set[str], dict[str, list], dict[str, list], set[str]]:
     """Tensors to leave out, rows (in bytes of the tensor) to set to zero, rows that pre's take the place of, and
     modules of which nothing stays."""
-    moves, drop, zero, gone = _chosen(base, keys, s), set(), {}, set()
+    moves = _chosen(base, keys, s)
+    drop: set[str] = set()
+    gone: set[str] = set()
+    zero: dict[str, list] = {}
     whole: dict[str, list] = {}
     of_module: dict[str, dict[str, str]] = {}
     for key in keys:
@@ -221,9 +224,8 @@ def _sorted_out(
             "orthogonal",
         ):
             raise CheckpointError(
-                f"the adapter begins from the base model's own weights "
-                f"(init_lora_weights={adapter['init_lora_weights']}), and of {module} only some rows are chosen: "
-                f"merge it first (merge_and_unload)"
+                f"{module} begins from the base model's weights ({adapter['init_lora_weights']}) and only some of its "
+                f"rows are chosen: merge it first (merge_and_unload)"
             )
         for k, found in spans.items():
             size = (keys[k]["end"] - keys[k]["start"]) // max(1, math.prod(keys[k]["shape"]))

@@ -4,8 +4,8 @@
 __all__ = ['bits', 'JOURNAL', 'NOTE', 'pickled', 'MARK', 'UserError', 'CheckpointError', 'whole', 'read_header', 'read_json',
            'printable', 'strange_folder', 'read_config', 'check_link', 'journal_head', 'half_written', 'weight_files',
            'read_index', 'is_hub_id', 'local_folder', 'hub_name', 'watch', 'spans_of', 'pieces', 'sha256', 'open_own',
-           'write_all', 'overwrite', 'clone', 'copy_file', 'write_whole', 'locked', 'Leftover', 'scratch', 'new_folder',
-           'leftovers', 'check_out']
+           'write_all', 'overwrite', 'to_disk', 'clone', 'copy_file', 'write_whole', 'locked', 'Leftover', 'sweep',
+           'scratch', 'new_folder', 'leftovers', 'check_out']
 
 # %% ../nbs/11_checkpoints.ipynb #2a6569b1
 import errno
@@ -29,7 +29,7 @@ class UserError(ValueError):
 
 
 class CheckpointError(UserError):
-    "Something about a checkpoint, or about what was asked of it, that its owner can mend."
+    "What is wrong with a checkpoint, or with a request, such that its owner can mend it."
 
 
 bits = dict(BOOL=8, U8=8, I8=8, F8_E5M2=8, F8_E4M3=8, F8_E8M0=8, F8_E4M3FNUZ=8, F8_E5M2FNUZ=8, I16=16, U16=16, F16=16, BF16=16,
@@ -56,7 +56,7 @@ def _check_entry(name: str, t) -> None:
     if not isinstance(shape, list) or len(shape) > 64 or not all(map(whole, [*shape, start, stop])):
         raise CheckpointError(f"{name} has no sound shape or offsets")
     n = bits[dtype] * math.prod(shape)
-    if n % 8 or stop - start != n // 8: raise CheckpointError(f"{name} has {stop - start} bytes, and its shape and dtype need another number")
+    if n % 8 or stop - start != n // 8: raise CheckpointError(f"{name} has {stop - start} bytes, not those of its shape")
 
 
 def read_header(
@@ -82,7 +82,7 @@ def read_header(
             at = stop
         if 8 + n + at != size: raise CheckpointError(f"it should have {8 + n + at} bytes and has {size}")
     except (ValueError, AttributeError, RecursionError) as e:  # CheckpointError is a ValueError
-        raise CheckpointError(f"{file} is not a sound safetensors file ({' '.join(str(e).split())}): download or save it again") from e
+        raise CheckpointError(f"{file} is not a sound safetensors file ({' '.join(str(e).split())[:80]}): fetch it again") from e
     return {name: dict(file=file, dtype=t["dtype"], shape=t["shape"], start=8 + n + t["data_offsets"][0], end=8 + n + t["data_offsets"][1])
             for name, t in header.items() if keep is None or keep(name)}
 
@@ -217,7 +217,7 @@ def journal_head(
 def half_written(
     folder: str | Path,  # a checkpoint folder
 ) -> bool:
-    "Whether a restore in place was cut off there: the journal is there, and the note is still that of before."
+    "Whether a restore in place was cut off there: the journal is there, and the note is still the old one."
     if (head := journal_head(folder)) is None: return False
     note = Path(folder) / NOTE
     return head[0]["note"] == (note.read_bytes().decode(errors="replace") if note.is_file() else None)
@@ -235,12 +235,12 @@ def weight_files(
     elif index.is_file():
         try: names = sorted(set(read_json(index)["weight_map"].values()))
         except (CheckpointError, KeyError, AttributeError, TypeError) as e:
-            raise CheckpointError(f"{index} cannot be read ({e!r}): download it again") from e
+            raise CheckpointError(f"{index} cannot be read ({' '.join(str(e).split())[:60]}): download it again") from e
     else:
         if known := strange_folder(folder): raise CheckpointError(f"{folder} {known}")
         if any(p.suffix in (".bin", ".pt", ".pth") for p in folder.iterdir()):
-            raise CheckpointError(f"{folder} holds pickled weights, which can run code when they are opened: "
-                                  "load the model in a place you trust and save it with save_pretrained, which writes safetensors")
+            raise CheckpointError(f"{folder} holds pickled weights, which can run code when opened: "
+                                  "load the model in a place you trust, and save it with save_pretrained")
         raise CheckpointError(f"{folder} has no model.safetensors and no model.safetensors.index.json: are its weights still downloading?")
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
@@ -303,9 +303,8 @@ def local_folder(
         return Path(snapshot_download(name, revision=revision or None, token=token, ignore_patterns=pickled))
     except Exception as e:  # many kinds, of httpx too: not found, gated, no network, no such revision
         raise CheckpointError(
-            f"there is no folder {x}, and the hub does not give it ({type(e).__name__}: "
-            f"{' '.join(str(e).split())[:200]}): check the name, the revision, your token (hf auth login) and "
-            f"the network"
+            f"no folder {x}, and the hub does not give it ({type(e).__name__}: {' '.join(str(e).split())[:40]}): "
+            f"check name, revision, token (hf auth login), network"
         ) from e
 
 
@@ -421,7 +420,7 @@ def overwrite(
     return h.hexdigest()
 
 # %% ../nbs/11_checkpoints.ipynb #f672cedd
-def _sync(path: Path):
+def to_disk(path: Path):
     "Ask the disk to really have it."
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
@@ -490,7 +489,7 @@ def write_whole(
             f.flush()
             os.fsync(fd)
         part.replace(path)
-        _sync(path.parent)
+        to_disk(path.parent)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
@@ -584,7 +583,7 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def _sweep(folder: Path, out: str | None = None) -> None:
+def sweep(folder: Path, out: str | None = None) -> None:
     "Take away what a killed run has left: temporary folders of this output, or without one the temporary files in a folder whose lock we hold."
     if out is None:
         for path in (p for p in folder.iterdir() if _temporary(p)): path.unlink(missing_ok=True)
@@ -605,7 +604,7 @@ def scratch(
     out = Path(out).absolute()
     with ExitStack() as held:
         with locked(out.parent, None):  # so that a fresh folder is not taken for a stale one
-            _sweep(out.parent, out.name)
+            sweep(out.parent, out.name)
             work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
             held.enter_context(locked(work, ""))
             held.callback(_remove, work)
@@ -619,7 +618,7 @@ class _Writer:
 
     def start(self, path: Path):
         def work():
-            try: _sync(path)
+            try: to_disk(path)
             except OSError as e: self.errors.append(e)
         self.threads.append(threading.Thread(target=work))
         self.threads[-1].start()
@@ -651,11 +650,11 @@ def new_folder(
         except shutil.Error as e: raise CheckpointError(f"{post} could not be copied: {e.args[0][0][2]}") from e
         _unlock(part)
         yield part
-        for path in sorted(part.rglob("*")): _sync(path)
-        _sync(part)
+        for path in sorted(part.rglob("*")): to_disk(path)
+        to_disk(part)
         if os.path.lexists(out): raise CheckpointError(f"{out} has appeared while the copy was made: nothing was written there")
         part.rename(out)
-        _sync(out.parent)
+        to_disk(out.parent)
 
 # %% ../nbs/11_checkpoints.ipynb #0b11a017
 def _looked_at(path: Path) -> Leftover | None:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .diagnostics import _blocks, _groups, _nothing, _positions, _rows, recorded
-from .projections import _log_sums
+from .diagnostics import explain_no_layers, groups_of_one_length, positions_of, query_blocks, recorded, rows_of
+from .projections import log_sums
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -217,38 +217,40 @@ class FarDirections:
 def _attention_blocks(q, k, mask, scale):
     """Attention weights a block of queries at a time: (first, P (B n_kv, G, n, keys), logits before the softmax,
     log-sum-exp)."""
-    from qkrestore_nb.projections import _add, _apart
+    from qkrestore_nb.projections import add_mask, group_heads
 
     (B, _, T, _), n_kv = q.shape, k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
-    Q, K = _apart(q, n_kv, wide) * scale, k.to(wide).flatten(0, 1)
-    lse = _log_sums(Q, K, mask)
-    steps, t = _blocks(T, B * q.shape[1], q.device), torch.arange(T, device=q.device)
+    Q, K = group_heads(q, n_kv, wide) * scale, k.to(wide).flatten(0, 1)
+    lse = log_sums(Q, K, mask)
+    steps, t = query_blocks(T, B * q.shape[1], q.device), torch.arange(T, device=q.device)
     for first in steps:
         rows, columns = slice(first, min(first + steps.step, T)), slice(0, min(first + steps.step, T))
         e = (Q[:, :, rows].flatten(1, 2) @ K[:, columns].mT).unflatten(1, (Q.shape[1], -1))
         e.masked_fill_(t[rows, None] < t[columns], -math.inf)
         if mask is not None:
-            _add(e, mask, rows, columns)
+            add_mask(e, mask, rows, columns)
         yield first, (e - lse[:, :, rows]).exp(), e, lse[:, :, rows]
 
 
 def _run(model, batch, on_softmax, tokens: int = 16384) -> None:
     """Every row of a batch through the model without gradients, with `on_softmax(group, layer, q, k, mask, scale)`
     called in each softmax layer."""
-    rows, group, seen = _rows(batch), [], set()
+    rows = rows_of(batch)
+    group: list[list[int]] = []
+    seen: set[int] = set()
 
     def hook(layer, q, k, v, o, mask, scale):
         seen.add(layer), on_softmax(group[0], layer, q, k, mask, scale)
 
     with recorded(model, hook), torch.no_grad():
-        for some in _groups(rows, tokens):
+        for some in groups_of_one_length(rows, tokens):
             group[:] = [some]
             device = next(model.parameters()).device
             ids = torch.stack([rows[i][0] for i in some]).to(device)
-            getattr(model, "base_model", model)(ids, use_cache=False, **_positions([rows[i] for i in some], device))
+            getattr(model, "base_model", model)(ids, use_cache=False, **positions_of([rows[i] for i in some], device))
     if not seen:
-        _nothing(model, None)
+        explain_no_layers(model, None)
 
 # %% ../nbs/07b_drift.ipynb #eea97ec0
 def far_directions(
@@ -259,7 +261,10 @@ def far_directions(
 ) -> dict[tuple[int, str], FarDirections]:
     """(layer, 'Q' or 'K') -> the `rank` input directions that carry most attention of far pairs, and of near ones.
     Blockwise, memory grows with T."""
-    inputs, sums, mass, hooks = {}, {}, {}, []
+    inputs: dict[int, torch.Tensor] = {}
+    sums: dict[tuple[int, str], torch.Tensor] = {}  # (layer, role) -> (2, d, d), of far pairs and of near ones
+    mass: dict[int, list[torch.Tensor]] = {}
+    hooks = []
     for m in model.modules():
         if hasattr(m, "q_proj") and hasattr(m, "layer_idx"):
             hooks.append(
@@ -294,9 +299,8 @@ def far_directions(
         m = torch.stack(mass[layer]).sum(0)
         if not m[0] > 0:
             raise ValueError(f"no attention of layer {layer} goes {far} tokens back: give longer rows or a smaller far")
-        out[layer, role] = FarDirections(
-            *(torch.linalg.eigh(x.double())[1][:, -rank:].float() for x in M), float(m[0] / m.sum())
-        )
+        far_ones, near_ones = (torch.linalg.eigh(x.double())[1][:, -rank:].float() for x in M)
+        out[layer, role] = FarDirections(far_ones, near_ones, float(m[0] / m.sum()))
     return out
 
 # %% ../nbs/07b_drift.ipynb #3752d42c
@@ -343,7 +347,8 @@ def attention_reach(
 ) -> AttentionReach:
     """Mean distance and entropy of every head of the softmax layers, a sequence at a time; memory grows with T.
     Raises ValueError without a softmax layer."""
-    B, found = len(_rows(batch)), {}
+    B = len(rows_of(batch))
+    found: dict[int, np.ndarray] = {}  # layer -> (3, B, heads)
 
     def on_softmax(group, layer, q, k, mask, scale):
         n, H, T, _ = q.shape
@@ -361,7 +366,8 @@ def attention_reach(
     layers = sorted(found)
     if len({found[i].shape for i in layers}) > 1:
         raise ValueError("the softmax layers have different numbers of heads: this table needs one")
-    return AttentionReach(layers, *np.stack([found[i] for i in layers], 2), beyond)
+    distance, entropy, far = np.stack([found[i] for i in layers], 2)
+    return AttentionReach(layers, distance, entropy, far, beyond)
 
 # %% ../nbs/07b_drift.ipynb #a93cdd7f
 def needle_places(
@@ -416,24 +422,25 @@ def retrieval_scores(
 ) -> RetrievalScores:
     """The share of every softmax head's attention on the needle's value from the tokens that predict it. Only those
     queries are computed: memory grows with T."""
-    from qkrestore_nb.projections import _add, _apart
+    from qkrestore_nb.projections import add_mask, group_heads
 
     ids, asking, value = (torch.as_tensor(np.asarray(x)) for x in (ids, asking, value))
     if not (asking.ndim == 3 == value.ndim and asking.shape[:2] == value.shape[:2] and len(ids) == len(asking)):
         raise ValueError("asking and value must be (B, Q, L), a place for each question of each row of ids")
     if asking.min() < 0 or asking.max() >= ids.shape[1] or value.min() < 0 or value.max() >= ids.shape[1]:
         raise ValueError("asking or value names a position outside the rows: count from 0")
-    found, B = {}, len(ids)
+    found: dict[int, np.ndarray] = {}
+    B = len(ids)
 
     def on_softmax(group, layer, q, k, mask, scale):
         (n, H, *_), n_kv, wide = q.shape, k.shape[1], torch.promote_types(q.dtype, torch.float32)
         out = np.zeros((n, H))
         for i, row in enumerate(group):
             at, needle = asking[row].flatten().to(q.device), value[row].to(q.device)
-            e = _apart(q[i : i + 1, :, at], n_kv, wide) * scale @ k[i].to(wide)[:, None].mT  # (n_kv, G, Q L, T)
+            e = group_heads(q[i : i + 1, :, at], n_kv, wide) * scale @ k[i].to(wide)[:, None].mT  # (n_kv, G, Q L, T)
             e = e.masked_fill(torch.arange(k.shape[2], device=q.device) > at[:, None], -math.inf)
             if mask is not None:
-                _add(e, mask[i : i + 1, :, at] if len(mask) > 1 else mask[:, :, at], slice(None), slice(None))
+                add_mask(e, mask[i : i + 1, :, at] if len(mask) > 1 else mask[:, :, at], slice(None), slice(None))
             p = e.softmax(-1).flatten(0, 1).unflatten(1, asking.shape[1:])  # (H, Q, L, T)
             on = torch.zeros(needle.shape[0], k.shape[2], device=q.device, dtype=wide).scatter_(1, needle, 1.0)
             out[i] = torch.einsum("hqlt,qt->h", p, on).cpu().numpy() / asking[row].numel()

@@ -136,7 +136,7 @@ _default: dict = dict(
 
 families = {
     name: _default | entry
-    for name, entry in dict(
+    for name, entry in dict[str, dict](
         hypenet=dict(
             models=[
                 "hypenet",
@@ -268,11 +268,10 @@ families = {
 
 # %% ../nbs/08a_families.ipynb #70b4ff0b
 _indexed = (
-    "an indexer with projections of its own chooses which tokens its attention sees, so that Q and K alone "
-    "are not its routing"
+    "an indexer with projections of its own chooses what its attention sees"
 )
 _convolved = (
-    "its keys (or queries) pass through a short convolution before the softmax, which would have to go back with them"
+    "a short convolution of its keys, before the softmax, would have to go back as well"
 )
 refused = dict(
     glm5_next=_indexed,
@@ -351,7 +350,7 @@ def proposal(
     if inner is not config:
         names = "language_model.*" + names  # not those of what sees or hears
     if layers is None:
-        return r"as in layers=[3, 7], tensors=r'[qk]_proj' (--layers 3,7 --tensors '[qk]_proj')"
+        return "as in --layers 3,7 --tensors '[qk]_proj'"
     return f"--layers {','.join(map(str, layers))} --tensors '{names}'" + " --rows qk" * bool(fused)
 
 # %% ../nbs/08a_families.ipynb #124976af
@@ -362,22 +361,11 @@ def family_of(
     with a way on."""
     if family := known_family(config):
         return family
-    inner, types, by_hand = (
-        text_config(config),
-        _model_types(config),
-        f"name layers and tensors by hand: {proposal(config)}",
-    )
+    types, by_hand = _model_types(config), proposal(config)
     if reason := next((refused[t] for t in types if t in refused), None):
-        raise CheckpointError(f"{types[0]} is refused: {reason}. To do it nevertheless, {by_hand}")
-    says = (
-        r"layer_?s?_?(block_?)?type|block_type|mixer|pattern|attn_layer|full_att|attn_type|block_layout|mb_per_layer|"
-        r"^attn$|_interval$"
-    )
-    shown = ", ".join(f"{k}={v}" for k, v in inner.items() if re.search(says, k))
-    raise CheckpointError(
-        f"model_type {inner.get('model_type')!r} is not a family that is known here ({', '.join(families)}); its "
-        f"config says {shown or 'nothing about kinds of layers'}. To go on, {by_hand}"
-    )
+        raise CheckpointError(f"{types[0]} is refused: {reason}; by hand: {by_hand}")
+    kind = text_config(config).get("model_type")
+    raise CheckpointError(f"model_type {kind!r} is not a known family: name layers and tensors by hand, {by_hand}")
 
 # %% ../nbs/08a_families.ipynb #7b7baca3
 def _number(config, value, otherwise=None):
@@ -639,10 +627,8 @@ def _mla_parts(family: dict, selection: Selection) -> tuple[dict, str]:
         return family["parts"], letters
     if mla is None:
         raise CheckpointError(
-            "this family has latent attention (MLA): K and V share one latent, so K cannot be put back alone. Choose "
-            "mla='q_only' (--mla q_only), which "
-            "moves only Q, or mla='with_latent' (--mla with_latent), which moves Q, K and the shared latent and so "
-            "changes V as well"
+            "K and V share a latent here (MLA), so K cannot be put back alone: choose mla='q_only' (--mla q_only), or "
+            "'with_latent', which changes V as well"
         )
     parts = family["mla"][mla]
     if mla == "q_only":
@@ -710,8 +696,8 @@ def _beside(rests: list[str], names) -> str | None:
             f"folder as post"
         )
     return (
-        f"holds projections that are quantized ({found}): quantized projections cannot be put back one by one, "
-        f"restore before quantizing"
+        f"holds projections that are quantized ({found}): they cannot be put back one by one, restore before "
+        f"quantizing"
     )
 
 
@@ -847,8 +833,8 @@ def _stacked(inner: dict, name: str, rows: int) -> dict[str, tuple[int, int]]:
         return dict(q=(0, rows))
     if rows != (H + 2 * n) * D:
         raise CheckpointError(
-            f"{name} has {rows} rows, which are not {H} query and 2 x {n} key and value heads of {D}: give rows as "
-            f"numbers, as in rows='0:48'"
+            f"{name} has {rows} rows, not {H} query and 2 x {n} key and value heads of {D}: give rows as numbers, "
+            f"as in rows='0:48'"
         )
     return dict(q=(0, H * D), k=(H * D, n * D), v=((H + n) * D, n * D))
 

@@ -106,8 +106,8 @@ def push_to_hub(
         )
     except Exception as e:
         raise CheckpointError(
-            f"the hub does not take {repo} ({type(e).__name__}: {' '.join(str(e).split())[:200]}): check the name, "
-            f"your token (hf auth login) and the network"
+            f"the hub does not take {repo} ({type(e).__name__}: {' '.join(str(e).split())[:50]}): check name, "
+            f"token (hf auth login), network"
         ) from e
     return str(done)
 

@@ -16,8 +16,8 @@ from operator import and_
 from pathlib import Path
 from typing import TypedDict
 
-from .checkpoints import (JOURNAL, NOTE, CheckpointError, _sweep, _sync, half_written, journal_head, locked, open_own, pieces, read_header, read_index,
-                          sha256, spans_of, whole, write_all, write_whole)
+from .checkpoints import (JOURNAL, NOTE, CheckpointError, half_written, journal_head, locked, open_own, pieces, read_header, read_index,
+                          sha256, spans_of, sweep, to_disk, whole, write_all, write_whole)
 from .note import Note, Row, note_dict, raw_note, read_note, sound_hash, sound_spans
 
 # %% ../nbs/11a_in_place.ipynb #3272894d
@@ -27,8 +27,8 @@ def check_in_place(
 ) -> None:
     "Raises CheckpointError where writing would reach further than this folder, or where an earlier change is still open."
     if os.path.lexists(Path(folder) / JOURNAL):
-        raise CheckpointError(f"{folder} was restored in place before, or a run was cut off in it: undo that first (qkrestore undo {folder}), "
-                              f"or remove {JOURNAL} to keep it for good")
+        raise CheckpointError(f"{folder} was restored in place before, or a run was cut off in it: qkrestore undo {folder}, "
+                              f"or remove {JOURNAL} to keep it")
     for file in sorted({t["file"] for t in targets}):
         try: os.close(open_own(file))
         except CheckpointError as e: raise CheckpointError(f"{e}: give an output folder instead") from e
@@ -46,7 +46,7 @@ def write_journal(
     "Save the old bytes and their hashes, which each target gets as its key sha256. No other file is touched."
     folder = Path(folder)
     note = None if raw_note(folder) is None else (folder / NOTE).read_bytes().decode()
-    _sweep(folder)
+    sweep(folder)
     for t in targets: t["sha256"] = sha256(t)  # kept, since who restores wants to note it as well
     rows = [dict(file=t["file"].name, size=t["file"].stat().st_size, spans=spans_of(t), sha256=t["sha256"]) for t in targets]
     header = json.dumps(dict(version=1, note=note, moves=rows)).encode()
@@ -86,7 +86,7 @@ def journaled(
                 raise
             yield folder
             for file in {t["file"] for t in targets}:
-                _sync(file)
+                to_disk(file)
         except BaseException as e:  # also Ctrl-C
             if (folder / JOURNAL).exists():
                 e.add_note(f"{folder} is half restored: qkrestore undo {folder}")
@@ -116,13 +116,14 @@ def strict(
 def read_journal(
     folder: str | Path,  # a checkpoint that was changed in place
 ) -> tuple[list[tuple[dict, dict]], str | None]:
-    "Pairs (where the bytes belong, where they are in the journal), and the note of before. Raises CheckpointError where there is none or it is damaged."
+    "Pairs (where the bytes belong, where they are in the journal), and the old note. Raises CheckpointError where there is none or it is damaged."
     folder, path = Path(folder), Path(folder) / JOURNAL
     if not folder.is_dir(): raise CheckpointError(f"there is no folder {folder}: check the path")
     if (head := journal_head(folder)) is None:
         raise CheckpointError(f"{folder} has no {JOURNAL}: nothing was restored there in place, or it was undone already")
     header, at = head
-    pairs, taken = [], {}
+    pairs = []
+    taken: dict[str, list] = {}
     try:
         for row in header["moves"]:
             name = row["file"]
@@ -148,7 +149,7 @@ def undo(
     folder = Path(folder)
     pairs, note = read_journal(folder)
     with locked(folder, f"another run is at work in {folder}: wait until it is done"):
-        _sweep(folder)
+        sweep(folder)
         if (folder / NOTE).is_symlink(): raise CheckpointError(f"{folder / NOTE} is a link, which no restore makes: remove it")
         for target, source in pairs:
             file = target["file"]
@@ -159,12 +160,12 @@ def undo(
             if sha256(source) != target["sha256"]:
                 raise CheckpointError(f"{source['file']} is damaged: its old bytes do not have their hash, and nothing was undone")
         for target, source in pairs: _put_back(target, source)
-        for file in {t["file"] for t, _ in pairs}: _sync(file)
+        for file in {t["file"] for t, _ in pairs}: to_disk(file)
         if wrong := next((t for t, _ in pairs if sha256(t) != t["sha256"]), None):
             raise CheckpointError(f"{wrong['file']} does not hold what was written: is the disk all right? The journal was kept")
         write_note(folder, note)
         (folder / JOURNAL).unlink()
-        _sync(folder)
+        to_disk(folder)
     return sum(stop - start for t, _ in pairs for start, stop in t["spans"])
 
 

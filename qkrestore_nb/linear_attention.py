@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'linear_attention_recurrent', 'decay_slopes', 'linear_attention_quadratic', 'linear_attention_chunked',
-           'linear_attention_triton', 'pick_backend', 'linear_attention', 'compare_forms', 'delta_rule_recurrent',
-           'delta_rule_quadratic', 'delta_rule_chunked', 'delta_rule_triton']
+           'fla_kernels', 'borders_of', 'linear_attention_triton', 'pick_backend', 'linear_attention', 'compare_forms',
+           'delta_rule_recurrent', 'delta_rule_quadratic', 'delta_rule_chunked', 'delta_rule_triton']
 
 # %% ../nbs/02_linear_attention.ipynb #779bfdc1
 import contextlib
@@ -107,13 +107,15 @@ def linear_attention_chunked(
         cut = lambda x: x[:, :whole].unflatten(1, (-1, chunk))                                   # (B, N, C, ...)
         d = cut(q.new_zeros(1, T) if documents is None else documents)
         last, before = d[..., -1], torch.cat([d[:, :1, 0], d[:, :-1, -1]], 1)
-        inside, U = linear_attention_quadratic(*(cut(x).flatten(0, 1) for x in (q, k, v)), decay, None, None if documents is None else d.flatten(0, 1))
+        one = None if documents is None else d.flatten(0, 1)
+        given = [cut(x).flatten(0, 1) for x in (q, k, v)] + [decay, None, one]  # chunks in the place of rows
+        inside, U = linear_attention_quadratic(*given)
         states, S = _scan(U.unflatten(0, (B, -1)), decay * chunk, S, before, last)
         reach = (decay * (torch.arange(chunk, device=q.device) + 1)[:, None]).exp()[..., None] * (d == before[..., None])[..., None, None]
         outputs.append((inside.unflatten(0, (B, -1)) + torch.einsum("bnthd,bnhde->bnthe", cut(q) * reach, states)).flatten(1, 2))
     if whole < T:  # what is left over is shorter than a chunk: the quadratic form
         rest = None if documents is None else documents[:, whole:]
-        if whole and documents is not None: S = S * (documents[:, whole - 1] == rest[:, 0])[:, None, None, None]
+        if whole and rest is not None: S = S * (last[:, -1] == rest[:, 0])[:, None, None, None]
         o, S = linear_attention_quadratic(q[:, whole:], k[:, whole:], v[:, whole:], decay, S, rest)
         outputs.append(o)
     return torch.cat(outputs, 1), S
@@ -130,7 +132,7 @@ _TILES = {  # the few tiles that are tried, by kernel: middle-sized ones, not co
 
 
 @functools.cache
-def _fla():
+def fla_kernels():
     "fla's simple_gla.chunk module with its autotuning narrowed. ImportError where fla is missing or too old."
     from importlib.metadata import PackageNotFoundError, version
     try: found = version("fla-core")
@@ -146,10 +148,10 @@ def _fla():
     return fla.ops.simple_gla.chunk
 
 
-_last = []  # documents, their version, their borders: every layer of a forward asks for the same, and each answer makes the GPU wait
+_last: list = []  # documents, their version, their borders: every layer of a forward asks for the same, and each answer makes the GPU wait
 
 
-def _borders(documents: Tensor) -> Tensor:
+def borders_of(documents: Tensor) -> Tensor:
     "Where each document of a flattened batch begins and the last ends, as the kernels want it: (N + 1,)."
     keep = not (torch.compiler.is_compiling() or documents.is_inference())
     if keep and _last and _last[0] is documents and _last[1] == documents._version: return _last[2]
@@ -171,7 +173,7 @@ def _kernel_arguments(q, k, v, decay, state, borders) -> dict:
 
 @torch.library.custom_op("qkrestore_nb::lightning", mutates_args=())
 def _lightning(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor | None, borders: Tensor | None) -> tuple[Tensor, Tensor]:
-    o, S = _fla().chunk_simple_gla_fwd(**_kernel_arguments(q, k, v, decay, state, borders), output_final_state=True)
+    o, S = fla_kernels().chunk_simple_gla_fwd(**_kernel_arguments(q, k, v, decay, state, borders), output_final_state=True)
     return o.to(q.dtype).contiguous(), S
 
 
@@ -184,7 +186,7 @@ def _(q, k, v, decay, state, borders):
 @torch.library.custom_op("qkrestore_nb::lightning_backward", mutates_args=())
 def _lightning_backward(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor | None, borders: Tensor | None,
                         do: Tensor, dS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv, _, d0 = _fla().chunk_simple_gla_bwd(**_kernel_arguments(q, k, v, decay, state, borders), do=do.contiguous(), dht=dS.contiguous())
+    dq, dk, dv, _, d0 = fla_kernels().chunk_simple_gla_bwd(**_kernel_arguments(q, k, v, decay, state, borders), do=do.contiguous(), dht=dS.contiguous())
     return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous(), dS.new_empty(0) if d0 is None else d0
 
 
@@ -217,13 +219,13 @@ def linear_attention_triton(
     B, T = q.shape[:2]
     q, k, decay = q.to(v.dtype), k.to(v.dtype), decay.float()
     if documents is not None:
-        if borders is None: borders = _borders(documents)
+        if borders is None: borders = borders_of(documents)
         row = torch.searchsorted(borders, T * torch.arange(B + 1, device=q.device))  # the document that each row begins with
         if state is not None: state = state.new_zeros(len(borders) - 1, *state.shape[1:]).index_copy(0, row[:-1], state)
         q, k, v = (x.flatten(0, 1)[None] for x in (q, k, v))
     if torch.compiler.is_compiling(): o, S = _lightning(q, k, v, decay, state, borders)
     else:
-        o, S = _fla().chunk_simple_gla(q, k, v, g_gamma=decay, scale=1.0, initial_state=state, output_final_state=True, cu_seqlens=borders)
+        o, S = fla_kernels().chunk_simple_gla(q, k, v, g_gamma=decay, scale=1.0, initial_state=state, output_final_state=True, cu_seqlens=borders)
     if borders is None: return o, S
     return o.view(B, T, *o.shape[2:]), S[row[1:] - 1]
 
@@ -237,7 +239,7 @@ def _look_for_triton(device: torch.device) -> str | None:
     "None if fla's kernels can be used; else the reason, which is logged once."
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0): return f"the GPU is sm_{capability[0]}{capability[1]}, and fla's kernels are used from sm_80 on"
-    try: _fla()
+    try: fla_kernels()
     except ImportError as e:
         _log.warning("linear attention runs in plain PyTorch: %s", e)
         return str(e)
@@ -277,7 +279,8 @@ def linear_attention(
     dtype = torch.float32 if v.dtype == torch.float16 else v.dtype
     q, k, v = (q, k, v.to(dtype)) if backend == "triton" else (q.float(), k.float(), v.float())
     # entering autocast's context costs as much as a kernel's launch: only where there is one to leave
-    with torch.autocast(q.device.type, enabled=False) if torch.is_autocast_enabled(q.device.type) else contextlib.nullcontext():
+    where = q.device.type
+    with torch.autocast(where, enabled=False) if where != "meta" and torch.is_autocast_enabled(where) else contextlib.nullcontext():
         o, state = FORMS[backend](q, k, v, decay.float(), state, documents, *[borders] * (backend == "triton"))
     return o.to(dtype), state
 
@@ -308,7 +311,8 @@ def compare_forms(
                 S0 = None if state is None else state.to(x[0].device, torch.float64 if name == "judge" else torch.float32).requires_grad_()
                 d = None if documents is None else documents.to(x[0].device)
                 form = FORMS["recurrent" if name == "judge" else name]
-                o, S = form(*x, cast(decay) if name == "judge" else decay.to(device, torch.float32), S0, d)
+                given = [*x, cast(decay) if name == "judge" else decay.to(device, torch.float32), S0, d]
+                o, S = form(*given)
                 loss = (o * cast(w)).sum() + S.square().sum() / 2
                 results[name] = [o, S, *torch.autograd.grad(loss.double(), x + ([S0] if state is not None else []))]
             for name in forms:
@@ -355,13 +359,14 @@ def delta_rule_chunked(q, k, v, decay, beta, state=None, chunk: int = 64) -> tup
     "The same, `chunk` tokens at a time with the state handed on: time that grows with T. Arguments as in `delta_rule_recurrent`."
     outputs = []
     for part in zip(*(x.split(chunk, 1) for x in (q, k, v, decay, beta))):
-        o, state = delta_rule_quadratic(*part, state)
+        given = [*part, state]
+        o, state = delta_rule_quadratic(*given)
         outputs.append(o)
     return torch.cat(outputs, 1), state
 
 # %% ../nbs/02_linear_attention.ipynb #89d5c414
 def delta_rule_triton(q, k, v, decay, beta, state=None) -> tuple[Tensor, Tensor]:
     "The gated delta rule in flash-linear-attention's kernels; GPU tensors. Arguments as in `delta_rule_recurrent`."
-    _fla()  # says what is missing
+    fla_kernels()  # says what is missing
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
     return chunk_gated_delta_rule(q, k, v, decay, beta, scale=1.0, initial_state=state, output_final_state=True)

@@ -265,14 +265,14 @@ def _check_floats(side: Side, name: str, dtype: str) -> None:
     )
     if scale := next((n for n in beside if n in side.tensors), None):
         raise CheckpointError(
-            f"{name} of {side.which} is quantized, its scales are {scale}: quantized projections cannot be put back "
-            f"one by one, restore before quantizing"
+            f"{name} of {side.which} is quantized ({scale.rpartition('.')[2]}): it cannot be restored alone, restore "
+            f"before quantizing"
         )
     if dtype not in _torch_dtypes.values():
         by = f" ({side.quantized})" if side.quantized else ""
         raise CheckpointError(
-            f"{name} of {side.which} is stored as {dtype}{by}: quantized projections cannot be put back one by one, "
-            f"restore before quantizing"
+            f"{name} of {side.which} is stored as {dtype}{by}: what is quantized cannot be restored alone, restore "
+            f"before quantizing"
         )
 
 # %% ../nbs/08b_moves.ipynb #3f6410ab
@@ -281,7 +281,7 @@ def _pair(a: Move, b: Move, sides: tuple[Side, Side], cast: bool) -> Move:
     if a.shape != b.shape:
         method = next(
             (f": {s.which} is quantized ({s.quantized}), restore before quantizing" for s in sides if s.quantized),
-            ": they must be the same before it can be put back",
+            ": they must be the same before it can be restored",
         )
         raise CheckpointError(f"{b.post} has shape {list(a.shape)} in pre and {list(b.shape)} in post{method}")
     if a.dtype != b.dtype and not cast:
@@ -325,9 +325,9 @@ def plan_sides(
         on = (
             ""
             if reason.startswith(("allow=", "pre is a", "the kinds"))
-            else f". If that is meant, allow={reason.split()[0]!r} (--allow {reason.split()[0]})"
+            else f"; if it is meant: --allow {reason.split()[0]}"
         )
-        raise CheckpointError(f"{reason}. Q and K of one would mean something else in the other{on}")
+        raise CheckpointError(f"{reason}: Q and K of one mean something else in the other{on}")
     if selection.tensors is not None:
         a, b = _by_hand(pre, post, selection)
     else:

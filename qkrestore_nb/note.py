@@ -171,7 +171,7 @@ def note_of(
         s["layers"] = s.get("layers") or "all"
     old_pro = "lam" in raw and not any(
         "layer" in r for r in raw["tensors"]
-    )  # the first edition did not mark what was solved for
+    )  # older notes did not mark what was solved for
     rows = (
         [_row(r, old_pro) for r in raw.get("tensors", [])]
         if "left_out" in raw
@@ -228,7 +228,7 @@ def read_note(
         return note_of(raw)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(
-            f"{path} cannot be read ({repr(e)[:100]}): it is not the note of a restore, so restore again"
+            f"{path} cannot be read ({repr(e)[:60]}): it is not the note of a restore, so restore again"
         ) from e
 
 # %% ../nbs/08c_note.ipynb #2fc1617d

@@ -216,7 +216,7 @@ def _finite(x, name: str, which: str) -> torch.Tensor:
 def _groups(config: dict, selection: Selection) -> list[int]:
     "Of each chosen query head the place of its key head among those that move."
     inner = text_config(config)
-    H = inner.get("num_attention_heads")
+    H = inner.get("num_attention_heads") or 0
     n_kv = inner.get("num_key_value_heads") or H
     if not H or H % n_kv:
         raise CheckpointError(f"{H} query heads cannot share {n_kv} key heads: is the config sound?")
@@ -247,7 +247,7 @@ def _keys_of(moves: Sequence[Move], config: dict, groups: list[int]) -> dict[Mov
             f"this is latent attention ({field} in the config): W_Q and W_K are products of small factors there: use "
             f"qk_restore on the factors of both"
         )
-    kinds = layer_kinds(config) if known_family(config) else {}
+    kinds = layer_kinds(config) if known_family(config) else []
     if linear := sorted({m.layer for m in moves if m.layer is not None and kinds and kinds[m.layer] == "linear"}):
         raise CheckpointError(
             f"layer {linear[0]} is linear: QK-Pro is about the logits of softmax layers, choose among those, or use "
@@ -303,7 +303,9 @@ class Solve(Copy):
             "kv_head" if space == "head" else per,
             str(dtype).removeprefix("torch."),
         )
-        self.device, self.selection, self.keys, self.groups = device, selection, {}, []
+        self.device, self.selection = device, selection
+        self.keys: dict[Move, Move] = {}
+        self.groups: list[int] = []
 
     @property
     def settings(self) -> dict:

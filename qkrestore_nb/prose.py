@@ -113,7 +113,7 @@ def haystack(
     n_keys, n_values, n_queries = (spec.get(x, 1) for x in ("keys", "values", "queries"))
     words = words or local_keys()
     if spec["key"] == "words" and len(words) < n_keys + size * (spec["haystack"] == "needle"): raise ValueError(f"{kind} of {size} lines needs as many keys, and there are {len(words)}: give more words")
-    found = {}  # key -> values
+    found: dict[str, list[str]] = {}  # key -> values
     for _ in range(n_keys):
         key = _new_key(rng, spec, words, found)
         found[key] = [_draw(rng, spec["value"], words) for _ in range(n_values)]
@@ -162,7 +162,7 @@ def check_tokenizer(
     needle = sentence("uuids", "early-quiet-lantern", "4628193 0f3b9c1e-77aa-4d2b-8c5e-9d1f2a3b4c5d")
     said = tokenizer.decode(tokenizer(needle, add_special_tokens=False)["input_ids"], skip_special_tokens=True)
     if "".join(said.split()) != "".join(needle.split()):
-        raise ValueError(f"this tokenizer turns the needle {needle!r} into {said[:80]!r}: it cannot spell it, so recall in prose cannot be asked. Use the tokenizer that the checkpoint was trained with")
+        raise ValueError(f"the tokenizer reads a needle back as {said[:40]!r}: it cannot spell it; use the tokenizer that the checkpoint was trained with")
 
 
 def prose_test(

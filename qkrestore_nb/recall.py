@@ -84,7 +84,8 @@ def essay(
     T: int,  # tokens a row
 ) -> np.ndarray:
     "A Markov chain over 256 words, eight of which may follow each. (B, T)."
-    state, choice, out = rng.integers(0, 256, B), rng.integers(0, 8, (T, B)), np.empty((T, B), int)
+    state, choice = rng.integers(0, 256, B), rng.integers(0, 8, (T, B))
+    out: np.ndarray = np.empty((T, B), int)
     for t in range(T):
         out[t] = state
         state = _successors[state, choice[t]]

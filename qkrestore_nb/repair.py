@@ -42,13 +42,13 @@ class Answers:
 def share(
     pairs: Iterable,  # of (right, asked)
 ) -> float:
-    "Percent right; every haystack counts alike, however many questions it was asked."
+    "Percent right; every haystack counts alike, however many questions it has."
     return float(100 * np.mean([right / asked for right, asked in pairs]))
 
 # %% ../nbs/11e_repair.ipynb #r3p00011
 def deltas(
     a: Sequence,  # (right, asked) of each haystack or task, of one model
-    b: Sequence,  # and of another that was asked the same
+    b: Sequence,  # and of another, to the same questions
     worth: float = 1.0,  # a counts so much
 ) -> np.ndarray:
     "b minus worth times a, for each of them."
@@ -71,7 +71,7 @@ def gain(
 
 # %% ../nbs/11e_repair.ipynb #r3p00020
 def ranked(
-    answers: dict[str, Answers],  # post among them; all were asked the same
+    answers: dict[str, Answers],  # post among them; all to the same questions
     keep: float,  # share of post's tasks that a repair must keep
     doubt: float = 0.0,  # standard errors by which it may seem to miss that
 ) -> list[str]:
@@ -566,7 +566,7 @@ def _possible(search: _Search, bench: Bench) -> dict[str, Candidate]:
 
 # %% ../nbs/11e_repair.ipynb #r3p00076
 def _asked(search: _Search, bench: Bench, c: Candidate, probe: Probe, like: Answers, *which: int) -> Answers:
-    "A candidate's answers. One whose logits are not numbers has none right; `like` says how many were asked."
+    "A candidate's answers. One whose logits are not numbers has none right; `like` says how many there are."
     try:
         with bench.wear(c) as model:
             return probe.ask(model, *which)
@@ -641,7 +641,7 @@ def _write_winner(search: _Search, c: Candidate, out: Path, on_progress) -> tupl
 def report(
     result: Repaired,
 ) -> str:
-    "A table of those that were asked fresh questions, and what was done; plain text, at most 15 lines."
+    "A table of those with fresh questions, and what was done; plain text, at most 15 lines."
     lines = [f"{'percent right':<24}{'recall':>8}{'minus post':>22}{'tasks':>8}{'chosen by':>11}"]
     last = sorted((t for t in result.tried if t.more), key=lambda t: -(t.held_recall or 0))
     for t in last:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # torch's threads of one worker would take the other's core
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
 KINDS = ["lightning-attn", "attn", "attn", "lightning-attn"]
 NAME = "model.layers.{}.self_attn.{}_proj.weight"
 
@@ -156,7 +159,7 @@ BAD = {
     "config is a list": (_case(prepare=lambda r: (r / "post" / "config.json").write_text("[]") and None), "no object"),
     "no weights": (_case(prepare=lambda r: (r / "post" / "model.safetensors").unlink()), "no model.safetensors"),
     "no softmax layer": (_case(*[dict(config=hypenet_config(mixer_types=["lightning-attn"] * 4))] * 2), "no softmax layer"),
-    "unknown family": (_case(*[dict(config=hypenet_config(model_type="llama", architectures=["LlamaForCausalLM"]))] * 2), "hypenet, jet_nemotron"),
+    "unknown family": (_case(*[dict(config=hypenet_config(model_type="llama", architectures=["LlamaForCausalLM"]))] * 2), "not a known family"),
     "unknown kind of layer": (_case(*[dict(config=hypenet_config(model_type="jamba2", architectures=["JetNemotronForCausalLM"], layer_types=["attn", "mamba2", "attn", "attn"]))] * 2), "unknown kind of layer mamba2"),
     "too few kinds": (_case(*[dict(config=hypenet_config(mixer_types=["attn"]))] * 2), "names 1 layers and num_hidden_layers says 4"),
     "kinds are a word": (_case(*[dict(config=hypenet_config(mixer_types="attn"))] * 2), "must be a list"),

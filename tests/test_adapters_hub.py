@@ -173,7 +173,7 @@ def test_peft_merges_the_same(tmp_path, name):
 
 @pytest.mark.parametrize("name, kw, sentence", [("plain", {}, None), ("all biases", dict(bias="all"), None), ("biases of lora", dict(bias="lora_only"), None), ("k alone is whole", dict(target_modules=["q_proj"], modules_to_save=["k_proj"]), None),
                                                 ("whole q", dict(target_modules=["k_proj", "v_proj"], modules_to_save=["q_proj"]), None), ("nothing of lora left", dict(target_modules=["k_proj"], modules_to_save=["q_proj"]), "nothing would be left of LoRA"), ("whole attention", dict(target_modules=["out_proj"], modules_to_save=["self_attn"]), None),
-                                                ("dora", dict(use_dora=True), "DoRA"), ("pissa", dict(init_lora_weights="pissa"), "init_lora_weights=pissa")])
+                                                ("dora", dict(use_dora=True), "DoRA"), ("pissa", dict(init_lora_weights="pissa"), "rows are chosen")])
 def test_where_only_rows_are_q(tmp_path, name, kw, sentence):
     pre, lora = written(tmp_path, biased, **kw)
     if sentence:

@@ -35,7 +35,7 @@ def test_in_place_and_back(pair, tmp_path):
     assert same(load(post), want) and (post / JOURNAL).exists()
     assert [r["equals"] for r in verify(post)] == ["pre"] * 4
     assert {k: v for k, v in snapshot(tmp_path).items() if k.startswith("pre/")} == {k: v for k, v in before.items() if k.startswith("pre/")}
-    with pytest.raises(CheckpointError, match="undo that first"): qk_restore(pre, post, inplace=True)
+    with pytest.raises(CheckpointError, match="qkrestore undo"): qk_restore(pre, post, inplace=True)
     assert undo(post) == sum(m.bytes for m in plan(pre, post))
     assert snapshot(tmp_path) == before
     with pytest.raises(CheckpointError, match="nothing was restored there in place"): undo(post)
@@ -51,10 +51,10 @@ def test_undo_brings_back_an_earlier_note(pair, tmp_path):
     assert snapshot(first) == before
 
 
-@pytest.mark.parametrize("where, nth", [("overwrite", 2), ("_sync", 1), ("_sync", 2), ("write_result", 1)])
+@pytest.mark.parametrize("where, nth", [("overwrite", 2), ("to_disk", 1), ("to_disk", 2), ("write_result", 1)])
 def test_a_crash_in_the_middle_can_be_undone(pair, tmp_path, monkeypatch, where, nth):
     pre, post = pair
-    before, calls, module = snapshot(tmp_path), [], in_place if where == "_sync" else restore
+    before, calls, module = snapshot(tmp_path), [], in_place if where == "to_disk" else restore
     real = getattr(module, where)
     def dies(*args, **kw):
         calls.append(1)

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from transformers import GemmaConfig, GPT2Config, LlamaConfig, MistralConfig, Gemma2Config, AutoModelForCausalLM
 
 from qkrestore_nb import hypenet
-from qkrestore_nb.diagnostics import _sound, fit_decay, gradient_range
+from qkrestore_nb.diagnostics import finite_gradient, fit_decay, gradient_range
 from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM
 from qkrestore_nb.training import init_weights
 
@@ -174,7 +174,7 @@ WRONG = dict(
     not_hooked=(lambda: gradient_range(Unhookable(), text(1, 16)), "so that nothing can be recorded"),
     not_a_model=(lambda: gradient_range(torch.nn.Linear(2, 2), text(1, 16)), "causal language model"),
     overflow=(lambda: gradient_range(_half(3e4), text(1, 16)), "overflow|not finite"),
-    underflow=(lambda: _sound((torch.randn(1, 9, 2, 8) * 5e-8).half(), 1), "too small for float16"),
+    underflow=(lambda: finite_gradient((torch.randn(1, 9, 2, 8) * 5e-8).half(), 1), "too small for float16"),
 )
 
 

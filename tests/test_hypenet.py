@@ -352,9 +352,9 @@ def test_a_backend_of_ones_own_choice(monkeypatch):
 
 def test_missing_kernels_say_what_to_install():
     from importlib.util import find_spec
-    from qkrestore_nb.linear_attention import _fla
+    from qkrestore_nb.linear_attention import fla_kernels
     if find_spec("fla"): pytest.skip("flash-linear-attention is installed here")
-    with pytest.raises(ImportError, match="qkrestore_nb\\[gpu\\]"): _fla()
+    with pytest.raises(ImportError, match="qkrestore_nb\\[gpu\\]"): fla_kernels()
 
 
 def test_the_activation_behind_the_short_convolution(tmp_path):

@@ -10,7 +10,7 @@ from test_diagnostics import Unhookable, _half, hybrid, llama, text
 from transformers import GPT2Config, MistralConfig, Qwen2Config
 
 from qkrestore_nb import hypenet
-from qkrestore_nb.diagnostics import _loss, _rows
+from qkrestore_nb.diagnostics import rows_loss, rows_of
 from qkrestore_nb.projections import far_bound, projection_gradients
 
 NAMES = dict(Q="q_proj", K="k_proj", V="v_proj", O="o_proj")
@@ -22,11 +22,11 @@ def weights_of(model, layer):
 
 def autograd(model, batch, layer):
     "The whole gradients of the four weights, in the model's own dtype."
-    rows = _rows(batch)
+    rows = rows_of(batch)
     total = {r: torch.zeros_like(w) for r, w in weights_of(model, layer).items()}
     for row in rows:
         grads = torch.autograd.grad(
-            _loss(model, [row], sum(float(r[2].sum()) for r in rows)), list(weights_of(model, layer).values())
+            rows_loss(model, [row], sum(float(r[2].sum()) for r in rows)), list(weights_of(model, layer).values())
         )
         for r, g in zip(total, grads):
             total[r] += g

@@ -68,12 +68,12 @@ def test_its_model_is_one_model(base):
     "In pieces through the cache, with padding, and at once: the same."
     from transformers import DynamicCache
 
-    from qkrestore_nb.hypenet import _CACHE
+    from qkrestore_nb.hypenet import CACHE
     model, _ = scale.load(base / "pre", trust_remote_code=True)
     x = torch.randint(0, 1000, (1, 130), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         whole, cache = model(x, use_cache=False).logits, DynamicCache(config=model.config)
-        parts = [model(part, use_cache=True, **{_CACHE: cache}).logits for part in x.split([50, 50, 1, 29], 1)]
+        parts = [model(part, use_cache=True, **{CACHE: cache}).logits for part in x.split([50, 50, 1, 29], 1)]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-3)
     padded, mask = torch.cat([torch.ones(1, 7, dtype=torch.long), x[:, :60]], 1), (torch.arange(67) >= 7).long()[None]
     say = lambda ids, mask: model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, ids.shape[1]:].tolist()

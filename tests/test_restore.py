@@ -122,7 +122,7 @@ def test_whatever_breaks_nothing_is_left(pair, tmp_path, monkeypatch, where, err
         assert not (tmp_path / "out").exists()
         if len(calls) > 1 or where == "note": raise error
         return real(*args, **kw)
-    target, name = {"overwrite": (restore, "overwrite"), "copy": (shutil, "copystat"), "sync": (checkpoints, "_sync"), "note": (restore, "write_result")}[where]
+    target, name = {"overwrite": (restore, "overwrite"), "copy": (shutil, "copystat"), "sync": (checkpoints, "to_disk"), "note": (restore, "write_result")}[where]
     real = getattr(target, name)
     monkeypatch.setattr(target, name, breaks)
     with pytest.raises((KeyboardInterrupt, RuntimeError, OSError, CheckpointError)): qk_restore(*pair, out=tmp_path / "out")

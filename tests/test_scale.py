@@ -13,6 +13,7 @@ from qkrestore_nb.checkpoints import CheckpointError
 from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM, prefill
 from qkrestore_nb.prose import prose_test
 from test_cli import call
+from test_families import CASES
 
 RESULTS = Path(__file__).parent.parent / "results" / "scale"
 
@@ -35,9 +36,66 @@ def test_needs_count_what_a_model_holds(model, tokenizer, folder):
     assert 2 * kv == pytest.approx(1e9 * n["kv_gb"]) and 4 * states == pytest.approx(1e9 * n["states_gb"])
 
 
+# ---- every family: what the model itself keeps and computes
+
+FAMILIES = [case for case in CASES if "," not in case]
+LONG = 100  # tokens: more than the windows of these, and than are read to count
+
+
+def in_a_cache(x, name: str = ""):
+    "Name and tensor of all that a cache holds."
+    if isinstance(x, torch.Tensor): yield name, x
+    elif isinstance(x, (list, tuple)): yield from (found for v in x for found in in_a_cache(v, name))
+    elif hasattr(x, "__dict__") or isinstance(x, dict):
+        for k, v in (x if isinstance(x, dict) else vars(x)).items(): yield from in_a_cache(v, k if isinstance(k, str) else name)
+
+
+@pytest.fixture(params=FAMILIES)
+def read(request):
+    "A tiny model of a family with weights, which reads 100 tokens: its config, what it hands back, and its FLOPs by operation."
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from torch.utils.flop_counter import FlopCounterMode
+    config = AutoConfig.for_model(request.param, **CASES[request.param][0])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as count: out = model(torch.zeros(1, LONG, dtype=torch.long), use_cache=True)
+    return config, model, out, {str(op).split(".")[1]: n for op, n in count.get_flop_counts()["Global"].items()}
+
+
+def test_needs_count_what_every_family_keeps(read):
+    config, model, out, _ = read
+    n, cache = scale.needs(config, LONG), getattr(out, "cache", None)
+    assert n["parameters"] == sum(p.numel() for p in model.parameters())
+    if cache is None and config.model_type == "recurrent_gemma": return  # it keeps its states in its modules
+    sizes = dict(kv=0, states=0)
+    for name, x in in_a_cache(cache):
+        if x.dim() > 1: sizes["kv" if name in ("keys", "values") else "states"] += x.numel() * x.element_size()
+    assert sizes == {k: pytest.approx(1e9 * n[f"{k}_gb"]) for k in sizes} and sizes["kv"] > 0
+
+
+def test_needs_count_what_every_family_computes(read):
+    "Products with weights: two operations a weight and token, of the experts that are chosen alone."
+    config, model, _, flops = read
+    weights = sum(flops.get(op, 0) for op in ("mm", "addmm", "baddbmm")) // (2 * LONG) - model.get_output_embeddings().weight.numel()
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n and p.dim() == 3)
+    assert scale.needs(config, LONG)["active"] == weights + experts // 2  # one of two is chosen
+
+
+@pytest.mark.parametrize("name, fields, total, active, kv_gb", [
+    ("qwen3_next", {}, 80e9, 3e9, 3.2),
+    ("kimi_linear", {}, 48e9, 3e9, .906),  # six of 27 layers keep 576 numbers a token
+])
+def test_needs_of_published_shapes(name, fields, total, active, kv_gb):
+    "What their names promise: 80B-A3B, 48B-A3B; keys and values of 131,072 tokens by their papers' shapes."
+    from transformers import AutoConfig
+    n = scale.needs(AutoConfig.for_model(name, **fields))
+    assert n["parameters"] == pytest.approx(total, rel=.03) and n["active"] == pytest.approx(active, rel=.15)
+    assert n["kv_gb"] == pytest.approx(kv_gb, rel=.03) and n["states_gb"] > .01 and n["flops"] < 3e15
+
+
 def test_needs_on_the_command_line(folder, capsys, monkeypatch):
-    built, count = [], scale._parameters
-    monkeypatch.setattr(scale, "_parameters", lambda config: built.append(config) or count(config))
+    built, build = [], scale.built
+    monkeypatch.setattr(scale, "_counted", {})
+    monkeypatch.setattr(scale, "built", lambda config: built.append(config) or build(config))
     assert call("needs", str(folder), "--tokens", "65536") == 0
     said = capsys.readouterr().out
     assert len(built) == 1

@@ -23,11 +23,11 @@ from qkrestore_nb.core import provenance
 from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM, compile_layers, prefill
 from qkrestore_nb.linear_attention import (
     FORMS,
-    _fla,
     compare_forms,
     decay_slopes,
     delta_rule_recurrent,
     delta_rule_triton,
+    fla_kernels,
     linear_attention,
 )
 
@@ -89,7 +89,7 @@ def forms() -> dict:
 
 
 def layer() -> dict:
-    chunk = _fla().chunk_simple_gla
+    chunk = fla_kernels().chunk_simple_gla
     rows = []
     for B, T, H, D in ((16, 2048, 4, 64), (1, 4096, 16, 128), (1, 32768, 16, 128), (1, 131072, 16, 128)):
         q, k, v = (torch.randn(B, T, H, D, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3))

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from qkrestore_nb.core import provenance
-from qkrestore_nb.diagnostics import _loss, _rows, gradient_range
+from qkrestore_nb.diagnostics import gradient_range, rows_loss, rows_of
 from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM
 from qkrestore_nb.projections import projection_gradients
 from qkrestore_nb.training import init_weights
@@ -78,14 +78,14 @@ model = init_weights(
 
 def at_length(T: int) -> dict:
     ids = torch.randint(512, (1, T))
-    rows = _rows(ids)
+    rows = rows_of(ids)
 
     def forward():
         with torch.no_grad():
-            _loss(model, rows, T - 1)
+            rows_loss(model, rows, T - 1)
 
     def backward():
-        _loss(model, rows, T - 1).backward()
+        rows_loss(model, rows, T - 1).backward()
         model.zero_grad(set_to_none=True)
 
     works = dict(

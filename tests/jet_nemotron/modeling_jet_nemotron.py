@@ -15,7 +15,7 @@ from transformers.masking_utils import create_causal_mask, create_recurrent_atte
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from qkrestore_nb.hypenet import _CACHE, HypeNetMLP, HypeNetRMSNorm
+from qkrestore_nb.hypenet import CACHE, HypeNetMLP, HypeNetRMSNorm
 from qkrestore_nb.linear_attention import delta_rule_chunked
 from qkrestore_nb.softmax_attention import rope_angles, rotate
 
@@ -114,14 +114,14 @@ class JetNemotronModel(JetNemotronPreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None, **kwargs):
-        x, cache = self.embed_tokens(input_ids), kwargs.get(_CACHE)
+        x, cache = self.embed_tokens(input_ids), kwargs.get(CACHE)
         if use_cache and cache is None: cache = DynamicCache(config=self.config)
-        mask = dict(config=self.config, inputs_embeds=x, attention_mask=attention_mask, position_ids=position_ids, **{_CACHE: cache})
+        mask = dict(config=self.config, inputs_embeds=x, attention_mask=attention_mask, position_ids=position_ids, **{CACHE: cache})
         masks = {"attn": create_causal_mask(**mask), "swa": create_sliding_window_causal_mask(**mask), "jet": create_recurrent_attention_mask(**mask)}
         if position_ids is None: position_ids = torch.arange(x.shape[1], device=x.device)[None] + (0 if cache is None else cache.get_seq_length())
         rope = rope_angles(position_ids, self.config.head_dim, self.config.rope_theta)
         for kind, layer in zip(self.config.kinds, self.layers): x = layer(x, rope, masks[kind], cache)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{_CACHE: cache})
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: cache})
 
 
 class JetNemotronForCausalLM(JetNemotronPreTrainedModel, GenerationMixin):
@@ -136,4 +136,4 @@ class JetNemotronForCausalLM(JetNemotronPreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None, logits_to_keep=0, **kwargs):
         out = self.model(input_ids, attention_mask, position_ids, use_cache, **kwargs)
-        return CausalLMOutputWithPast(logits=self.lm_head(out.last_hidden_state[:, -logits_to_keep:]), **{_CACHE: getattr(out, _CACHE)})
+        return CausalLMOutputWithPast(logits=self.lm_head(out.last_hidden_state[:, -logits_to_keep:]), **{CACHE: getattr(out, CACHE)})
