@@ -64,7 +64,7 @@ def gain(
     """b minus worth times a in points, and its 95% interval: a paired bootstrap over haystacks. Two more are drawn
     from, one that only b gets right and one that only a does, so that few equal answers do not look like certainty."""
     d = deltas(a, b, worth)
-    pool = np.append(d, [1.0, -1.0])
+    pool: np.ndarray = np.append(d, [1.0, -1.0])
     drawn = pool[np.random.default_rng(0).integers(0, len(pool), (draws, len(pool)))].mean(1)
     low, high = np.quantile(drawn, [0.025, 0.975])
     return float(100 * d.mean()), float(100 * low), float(100 * high)
@@ -105,7 +105,8 @@ def halving(
 ) -> tuple[dict[str, Answers], list[list[str]]]:
     """Successive halving: each round asks new questions of those that are left, and the better half of them goes on.
     Returns all answers, and who took part in each round."""
-    alive, answers, history = list(names), {}, []
+    alive, history = list(names), []
+    answers: dict[str, Answers] = {}
     for r in range(rounds):
         for name in alive:
             answers[name] = answers.get(name, Answers()) + ask(name, r)
@@ -498,7 +499,8 @@ class _Search:
 
     def __init__(self, pre, post, tasks, lengths, haystacks, keep, room, layers, mla, cast, allow, seed, load):
         self.pre, self.post, self.keep, self.load, self.seed = pre, post, keep, load, seed
-        self.layers, self.mla, self.how = layers, mla, dict(cast=cast, allow=allow)
+        self.layers, self.mla = layers, mla
+        self.how: dict[str, Any] = dict(cast=cast, allow=allow)
         self.folders = [local_folder(x) for x in (pre, post)]
         for folder in self.folders:
             config = read_config(folder)
@@ -554,8 +556,8 @@ def _possible(search: _Search, bench: Bench) -> dict[str, Candidate]:
     found, config = {}, search.sides[False][1].config
     for c in candidates(config, search.qk, search.heads, search.layers, search.mla, search.seed):
         try:
-            sides = search.sides[c.selection.tensors is not None]
-            moves = plan_sides(*sides, c.selection, **search.how)
+            a, b = search.sides[c.selection.tensors is not None]
+            moves = plan_sides(a, b, c.selection, **search.how)
             c.make().check(moves, config)
             if bench.idle(c):
                 raise CheckpointError("fine-tuning has not moved these weights")
