@@ -229,6 +229,7 @@ def test_recall_counts_values(model, tokenizer, monkeypatch):
 
 # ---- lm-eval
 
+@pytest.mark.slow
 def test_lm_eval_asks_our_model(model, tokenizer):
     "Two tasks, one with an essay, without a network, at a length that its list of metrics has and at one that it has not; a model that knows the answer is found out."
     pytest.importorskip("lm_eval")
