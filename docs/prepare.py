@@ -8,6 +8,7 @@ import configparser
 import re
 import shutil
 from pathlib import Path
+from tomllib import loads
 
 import nbformat
 
@@ -40,6 +41,22 @@ def addresses() -> dict[str, str]:
                 site=f"https://{ini['user']}.github.io/{ini['repo']}/")
 
 
+def name_of(path: Path) -> str: return re.sub(r"^\d+\w?_", "", path.stem)
+
+
+def parts(root: Path = ROOT) -> dict[str, dict[str, dict]]:
+    "The parts of the book in their order: caption -> name of a notebook -> what docs/chapters.toml says of it."
+    return loads((root / "docs" / "chapters.toml").read_text())
+
+
+def chapter(path: Path, root: Path = ROOT) -> dict:
+    "What docs/chapters.toml says of a notebook. Raises ValueError for one that it lacks."
+    said = {k: v for named in parts(root).values() for k, v in named.items()} | {"index": {"read": 5}}
+    if (name := name_of(path)) in said: return said[name]
+    line = f"`{name} = {{ title = .., read = MINUTES }}`"
+    raise ValueError(f"docs/chapters.toml has no line for {path.name}: add {line} to a part")
+
+
 def repository() -> str: return addresses()["repository"]
 
 
@@ -50,7 +67,8 @@ def directives(source: str) -> tuple[dict[str, str], str]:
     found = {k.strip(":"): v.strip() for k, _, v in (line[2:].strip().partition(" ") for line in lines[:n])}
     if unknown := found.keys() - KNOWN:
         raise ValueError(f"`#| {min(unknown)}` is new: say in docs/prepare.py what the site does with it")
-    return found, "\n".join(lines[n:]).strip("\n")
+    rest = [line for line in lines[n:] if not line.startswith("#@title ")]  # Colab's word for a folded cell
+    return found, "\n".join(rest).strip("\n")
 
 
 def defined(source: str) -> list:
@@ -231,8 +249,23 @@ def page(nb, names: dict[str, list[str]], blob: str, terms: Terms):
     return nb
 
 
-def tree(caption: str, pages: list[str]) -> str:
-    return f"```{{toctree}}\n:caption: {caption}\n:hidden:\n\n" + "\n".join(pages) + "\n```"
+def contents(stems: list[str], root: Path = ROOT) -> dict[str, list[tuple[str, str]]]:
+    """The sidebar: caption of a part -> (title, page) in reading order. `Next` at a page's end follows it.
+
+    Raises ValueError for a line of docs/chapters.toml without its notebook."""
+    pages, found = {name_of(Path(stem)): stem for stem in stems}, {}
+    for part, named in parts(root).items():
+        if gone := named.keys() - pages.keys():
+            raise ValueError(f"docs/chapters.toml names {min(gone)}, and no notebook is called so")
+        found[part] = [(said["title"], pages[name]) for name, said in named.items()]
+    found["Reference"].append(("All functions", "api"))
+    found["Log"].insert(0, ("What was tried", "log"))
+    return found
+
+
+def tree(caption: str, pages: list[tuple[str, str]]) -> str:
+    lines = "\n".join(f"{title} <{page}>" for title, page in pages)
+    return f"```{{toctree}}\n:caption: {caption}\n:hidden:\n\n{lines}\n```"
 
 
 def reference(stem: str, nb) -> str:
@@ -271,7 +304,8 @@ def prepare(nbs: Path = ROOT / "nbs", pages: Path = ROOT / "docs" / "pages") -> 
     (pages / "api.md").write_text("\n".join(api) + "\n")
     (pages / "404.md").write_text(LOST)
     words = next(((stem, glossary(nb)) for stem, nb in notebooks.items() if stem.endswith("glossary")), ("", {}))
-    trees = tree("Chapters", list(notebooks)) + "\n\n" + tree("Reference", ["api"])
+    (pages / "log.md").write_text(link_sources((ROOT / "results" / "LOG.md").read_text(), addresses()["file"]))
+    trees = "\n\n".join(tree(*part) for part in contents(list(notebooks)).items())
     index.cells.append(nbformat.v4.new_markdown_cell(trees, id="contents"))
     for stem, nb in {"index": index, **notebooks}.items():
         terms = Terms({} if stem == words[0] else words[1], f"{words[0]}.ipynb")

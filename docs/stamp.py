@@ -10,9 +10,8 @@ import json
 import re
 import sys
 from pathlib import Path
-from tomllib import loads
 
-from prepare import ROOT, settings
+from prepare import ROOT, chapter, name_of, settings
 
 BADGE, LINE, SETUP = "https://colab.research.google.com/assets/colab-badge.svg", "runs-on", "google.colab"
 FILES = ("*.md", "*.cff", "pyproject.toml", ".zenodo.json", ".github/**/*.md", ".github/**/*.yml", "docs/*.py",
@@ -56,9 +55,6 @@ if "google.colab" in sys.modules:
     os.chdir(f"{{home}}/{folder}")'''
 
 
-def name_of(path: Path) -> str: return re.sub(r"^\d+\w?_", "", path.stem)
-
-
 def run_time(name: str, root: Path) -> str | None:
     "How long all cells took on two CPU threads, as words, where it was measured."
     measured = json.loads((root / "results" / "colab-like.json").read_text())["notebooks"]
@@ -69,12 +65,9 @@ def run_time(name: str, root: Path) -> str | None:
 
 def line_cell(path: Path, root: Path = ROOT) -> str:
     "Badge, where a notebook runs, its minutes, its needs. Raises ValueError for one that docs/chapters.toml lacks."
-    chapters, name, ini = loads((root / "docs" / "chapters.toml").read_text()), name_of(path), settings(root)
-    if name not in chapters:
-        raise ValueError(f"docs/chapters.toml has no line for {path.name}: add `{name} = {{ read = MINUTES }}`")
-    said, file = chapters[name], path.relative_to(root).as_posix()
+    ini, said, file = settings(root), chapter(path, root), path.relative_to(root).as_posix()
     colab = f"https://colab.research.google.com/github/{ini['user']}/{ini['repo']}/blob/{ini['branch']}/{file}"
-    minutes = ", ".join(filter(None, (f"{said['read']} to read", run_time(name, root))))
+    minutes = ", ".join(filter(None, (f"{said['read']} to read", run_time(name_of(path), root))))
     return (f"[![Open in Colab]({BADGE})]({colab})\n\n**Runs on** a CPU. **Minutes:** {minutes}. "
             f"**Needs** {said.get('needs', 'nothing more')}.")
 
@@ -90,7 +83,7 @@ def stamped(path: Path, root: Path = ROOT) -> str:
                  source=lines(setup_cell(path.relative_to(root).parent.as_posix(), root)))
     nb["cells"] = [title, line, setup, *rest]
     for key in ("accelerator", "colab"): nb["metadata"].pop(key, None)
-    if loads((root / "docs" / "chapters.toml").read_text())[name_of(path)].get("gpu"):
+    if chapter(path, root).get("gpu"):
         nb["metadata"] |= dict(accelerator="GPU", colab=dict(gpuType="T4"))
     return json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
 

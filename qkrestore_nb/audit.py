@@ -25,13 +25,13 @@ from .finetune import json_lines
 # %% ../nbs/13b_audit.ipynb #f5af833e
 def paired(
     a: list,  # (correct, asked) of each haystack, of one model
-    b: list,  # and of another that was asked the same
+    b: list,  # and of another on the same haystacks
     z: float = 1.96,
 ) -> tuple[float, float, float]:
     """b minus a in points, and its 95% interval: the normal interval of the haystacks' differences, after one haystack was added that
     b alone gets right and one that a alone does (as Bonett and Price, 2012, do for paired proportions), so that it is never of width zero."""
     d = [q / m - p / n for (p, n), (q, m) in zip(a, b, strict=True)]
-    if not d: raise ValueError("nothing was asked, so there is nothing to compare: ask at least one haystack")
+    if not d: raise ValueError("no haystack was evaluated, so there is nothing to compare: give at least one")
     e = d + [1., -1.]
     mean = sum(e) / len(e)
     half = z * sqrt(sum((x - mean) ** 2 for x in e) / (len(e) - 1) / len(e))
@@ -47,7 +47,7 @@ def verdict(
     reasoning: tuple | None = None,  # of post and restored on tasks
     gained: tuple | None = None,  # of pre and post on tasks
     before: float | None = None,  # percent that pre gets right; None: not asked
-    moved: bool = True,  # whether anything that a restore would put back has changed at all
+    moved: bool = True,  # whether anything that a restore would change differs at all
 ) -> tuple[str, str]:
     "'restore', 'do not' or 'inconclusive', and why."
     said = lambda x: "{:+.0f} points ({:+.0f} to {:+.0f})".format(*x)
@@ -67,7 +67,7 @@ def verdict(
     if damage[2] >= 0:
         return "inconclusive", f"recall may or may not be damaged: {said(damage)}. Ask more haystacks, or longer ones"
     if regained[2] < margin:
-        return "do not", f"recall is damaged, {said(damage)}, and Q and K do not bring it back: {said(regained)}"
+        return "do not", f"recall is damaged, {said(damage)}, and Q and K do not recover it: {said(regained)}"
     if regained[1] <= 0:
         return (
             "inconclusive",
@@ -89,7 +89,7 @@ def verdict(
     if reasoning[1] < -2 * margin:
         return (
             "inconclusive",
-            f"the restore regains {said(regained)} of recall, and too few tasks were asked to say what it does to "
+            f"the restore regains {said(regained)} of recall, and there are too few tasks to say what it does to "
             f"reasoning: {said(reasoning)}",
         )
     return (
@@ -174,7 +174,7 @@ def _named(config: dict, choice: Choice) -> tuple[dict, list[str]]:
 
 def _drifts(pre, post, choice: Choice, allow: str = "") -> tuple[list[dict], list[str], bool]:
     """Relative change of each projection that is known by name; the kinds of layers that are left out; and whether
-    anything moved that a restore would put back."""
+    anything moved that a restore would change."""
     from qkrestore_nb.inspection import compare
 
     everything, left = _named(read_config(post), choice)

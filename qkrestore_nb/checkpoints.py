@@ -29,7 +29,7 @@ class UserError(ValueError):
 
 
 class CheckpointError(UserError):
-    "Something about a checkpoint, or about what was asked of it, that its owner can mend."
+    "What is wrong with a checkpoint, or with a request, such that its owner can mend it."
 
 
 bits = dict(BOOL=8, U8=8, I8=8, F8_E5M2=8, F8_E4M3=8, F8_E8M0=8, F8_E4M3FNUZ=8, F8_E5M2FNUZ=8, I16=16, U16=16, F16=16, BF16=16,
@@ -217,7 +217,7 @@ def journal_head(
 def half_written(
     folder: str | Path,  # a checkpoint folder
 ) -> bool:
-    "Whether a restore in place was cut off there: the journal is there, and the note is still that of before."
+    "Whether a restore in place was cut off there: the journal is there, and the note is still the old one."
     if (head := journal_head(folder)) is None: return False
     note = Path(folder) / NOTE
     return head[0]["note"] == (note.read_bytes().decode(errors="replace") if note.is_file() else None)

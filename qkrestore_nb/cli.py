@@ -61,7 +61,7 @@ Rows = Annotated[
         help="With --tensors: rows such as 0:48,64:80, or letters as in qk where Q, K and V stand in one matrix."
     ),
 ]
-Include = Annotated[str, typer.Option(help="norms, bias, or norms,bias: what else of these projections goes back.")]
+Include = Annotated[str, typer.Option(help="norms, bias, or norms,bias: what else of these projections to restore.")]
 Mla = Annotated[str | None, typer.Option(help="q_only or with_latent, for families in which K and V share a latent.")]
 Tensors = Annotated[
     str | None, typer.Option(help="A regular expression: the tensors by hand, for families that are not known.")
@@ -263,7 +263,7 @@ def pro(
 def inspect(
     ckpt: Annotated[str, typer.Argument(help="Checkpoint: a folder, or a hub id such as owner/name@revision.")],
     other: Annotated[
-        str | None, typer.Argument(help="Another one, before fine-tuning: how far did Q and K move from it?")
+        str | None, typer.Argument(help="Checkpoint before fine-tuning: show how far Q and K moved from it.")
     ] = None,
     layers: Layers = "softmax",
     projections: Projections = "qk",
@@ -325,15 +325,17 @@ def inspect(
             else ""
         )
     )
+    if seen["spare"] and projections == "qk":
+        echo(f"A LoRA that spares them, in any trainer: target_modules=r'{seen['spare']}'")
 
 # %% ../nbs/14_cli.ipynb #a7df8b26
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(help="The result of a restore.")],
-    pre: Annotated[Optional[Path], typer.Option(help="The checkpoint that it was restored from: compare with its bytes, not with what the note says of them.")] = None,
+    pre: Annotated[Optional[Path], typer.Option(help="The checkpoint that it was restored from: compare with its bytes instead of the note.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say from the files alone which restored tensors of FOLDER equal PRE's, which POST's. Exit code 1 unless all are as the restore wrote them.
+    """Show from the files alone which restored tensors of FOLDER equal PRE's, which POST's. Exit code 1 unless all are as the restore wrote them.
 
     Example: qkrestore verify fixed/ --pre base/
     """
@@ -354,7 +356,7 @@ def undo(
     folder: Annotated[Path, typer.Argument(help="A checkpoint that was restored in place, or in which that was cut off.")],
     as_json: AsJson = False,
 ) -> None:
-    """Take a restore in place back, to the last byte, also after a crash in the middle of it.
+    """Undo a restore in place to the last byte, also after a crash in the middle of it.
 
     Example: qkrestore undo finetuned/
     """
@@ -367,7 +369,7 @@ def undo(
 @app.command()
 def leftovers(
     folder: Annotated[Path, typer.Argument(help="Where outputs were made, or a checkpoint.")] = Path("."),
-    remove: Annotated[bool, typer.Option("--remove", help="Take away temporary files that a killed run has left, and nothing else.")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove temporary files that a killed run has left, and nothing else.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """List what runs have left in FOLDER and the folders in it: temporary copies, journals, unfinished fine-tunings.
@@ -388,7 +390,7 @@ def leftovers(
 def demo(
     out: Annotated[Optional[Path], typer.Option(help="Folder to make. Default: qkrestore-demo, or the next free name.")] = None,
     full: Annotated[bool, typer.Option("--full", help="More tests, longer texts, more questions: many minutes on a CPU.")] = False,
-    packed: Annotated[bool, typer.Option("--packed", help="The sibling that was fine-tuned on packed rows.")] = False,
+    packed: Annotated[bool, typer.Option("--packed", help="Use the checkpoint that was fine-tuned on packed rows.")] = False,
 ) -> None:
     """Restore the shipped checkpoint and compare repairs: about a minute on two CPU cores.
 
@@ -407,11 +409,11 @@ def demo(
 def experiment(
     profile: Annotated[Optional[str], typer.Option(help="smoke (CPU, minutes), colab (an older GPU, from the shipped pre) or gpu (one modern GPU). Default: what is there.")] = None,
     out: Annotated[Optional[Path], typer.Option(help="Run folder, or with several seeds the folder of their run folders; an interrupted run goes on. Default: qkrestore-experiment-PROFILE-MODEL-seedN.")] = None,
-    seed: Annotated[str, typer.Option(help="Of weights, data and questions: a number, or several as in 0,1,2 or 0-4.")] = "0",
+    seed: Annotated[str, typer.Option(help="Seed of weights, data and questions: a number, or several as in 0,1,2 or 0-4.")] = "0",
     model: Annotated[str, typer.Option(help="hypenet7m, or another of qkrestore_nb.experiment.models.")] = "hypenet7m",
-    kinds: Annotated[str, typer.Option(help="Of fine-tuning: near, far, packed, borders or another of qkrestore_nb.experiment.sfts; several with commas.")] = "near",
+    kinds: Annotated[str, typer.Option(help="Kinds of fine-tuning: near, far, packed, borders or another of qkrestore_nb.experiment.sfts; several with commas.")] = "near",
     full: Annotated[bool, typer.Option("--full", help="Evaluate every alternative repair.")] = False,
-    sft_seed: Annotated[int, typer.Option(help="Of the fine-tuning data.")] = 0,
+    sft_seed: Annotated[int, typer.Option(help="Seed of the fine-tuning data.")] = 0,
 ) -> None:
     """Pre-train a small hybrid, fine-tune it on chains of thought, repair it, evaluate.
 
@@ -441,11 +443,11 @@ def experiment(
 @app.command()
 def needs(
     ckpt: Annotated[str, typer.Argument(help="Checkpoint: a folder or a hub id; only its config is read.")],
-    tokens: Annotated[int, typer.Option(help="Of the longest text.")] = 131072,
+    tokens: Annotated[int, typer.Option(help="Tokens of the longest text.")] = 131072,
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what reading a long text with CKPT takes, and what fine-tuning it takes, before anything is loaded.
+    """Show what memory reading a long text with CKPT and fine-tuning it need, before anything is loaded.
 
     Example: qkrestore needs chen-yingfa/HypeNet-2B --tokens 262144
     """
@@ -463,18 +465,47 @@ def needs(
                "fine-tuning all weights in rows of 4,096 tokens, GB on each GPU: " + ", ".join(f"{gb:.0f} on {g}" for g, gb in train.items()))
 
 
+def _from_file(ctx: typer.Context, file: Path | None) -> None:
+    "Options from a YAML file stand where the command line says nothing."
+    if file is None: return
+    import yaml
+    try: said = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e: raise CheckpointError(f"--config {file} cannot be read as YAML ({type(e).__name__}): give names and values, as in lr: 1e-5") from e
+    if not isinstance(said, dict): raise CheckpointError(f"--config {file} holds no names and values: write lines such as lr: 1e-5")
+    given, known = {str(k).replace("-", "_"): v for k, v in said.items()}, {p.name for p in ctx.command.params} - {"config", "help"}
+    if strange := sorted(given.keys() - known): raise CheckpointError(f"--config {file}: nothing is called {strange[0]!r} here; choose from {', '.join(sorted(known))}")
+    ctx.default_map = given
+
+
+def _qk_lr(qk_lr: float, freeze: str, spare: str, rank: int) -> float:
+    for name, said, fits, other in (("--freeze", freeze, not rank, "an adapter leaves them out with --spare qk"), ("--spare", spare, bool(rank), "without an adapter (--rank) hold them with --freeze qk")):
+        if not said: continue
+        if said != "qk": raise CheckpointError(f"{name} {said}: only qk can be held, W_Q and W_K of the softmax layers")
+        if not fits: raise CheckpointError(f"{name} qk does not fit here: {other}")
+        if qk_lr != 1: raise CheckpointError(f"{name} qk and --qk-lr {qk_lr} say two things: give one of them")
+        qk_lr = 0.
+    return qk_lr
+
+
 @app.command()
 def finetune(
     ckpt: Annotated[str, typer.Argument(help="PRE: a folder or a hub id.")],
-    data: Annotated[Path, typer.Argument(help='Json lines: {"messages": [...]}, or {"prompt": ..., "completion": ...}.')],
+    data: Annotated[str, typer.Argument(help='Json lines, parquet, or owner/name of a dataset: {"messages": [...]}, or {"prompt": ..., "completion": ...}.')],
     out: Annotated[Path, typer.Argument(help="Folder to make. It must not exist; an interrupted run goes on from OUT.run.")],
-    steps: Annotated[int, typer.Option(help="Of AdamW.")] = 1000,
-    tokens: Annotated[int, typer.Option(help="A row; conversations are packed into rows.")] = 4096,
-    rows: Annotated[int, typer.Option(help="A step, over all processes.")] = 16,
-    lr: Annotated[float, typer.Option(help="Highest rate, after 3% of the steps; then a cosine to 10%.")] = 1e-5,
-    rank: Annotated[int, typer.Option(help="Of a LoRA adapter on all linear layers; 0 trains all weights.")] = 0,
+    steps: Annotated[int, typer.Option(help="Steps of AdamW.")] = 1000,
+    tokens: Annotated[int, typer.Option(help="Tokens a row; conversations are packed into rows.")] = 4096,
+    rows: Annotated[int, typer.Option(help="Rows a step, over all processes.")] = 16,
+    lr: Annotated[float, typer.Option(help="Highest learning rate, after 3% of the steps; then a cosine to 10%.")] = 1e-5,
+    rank: Annotated[int, typer.Option(help="Rank of a LoRA adapter on all linear layers; 0 trains all weights.")] = 0,
+    qk_lr: Annotated[float, typer.Option(help="Learning rate of W_Q and W_K in the softmax layers, times --lr.")] = 1.,
+    freeze: Annotated[str, typer.Option(help="qk: leave W_Q and W_K of the softmax layers as they are.", metavar="qk")] = "",
+    spare: Annotated[str, typer.Option(help="qk: an adapter without them (with --rank).", metavar="qk")] = "",
+    pull: Annotated[float, typer.Option(help="Pull back to CKPT's weights, times the rate (L2-SP).")] = 0.,
+    recall: Annotated[float, typer.Option(help="Share of the rows that ask for a needle in prose instead of DATA.")] = 0.,
     every: Annotated[int, typer.Option(help="Steps between saved states.")] = 100,
-    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of all random draws.")] = 0,
+    report_to: Annotated[str, typer.Option(help="A tracker: tensorboard, wandb, trackio, ...")] = "",
+    config: Annotated[Optional[Path], typer.Option(help="YAML file with any of these, such as lr: 1e-5. The command line wins.", is_eager=True, callback=_from_file)] = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Fine-tune CKPT on conversations (chapter 13a).
@@ -486,9 +517,10 @@ def finetune(
     try: from qkrestore_nb.finetune import finetune as tune; import accelerate
     except ImportError as e: raise CheckpointError(f'{e.name} is missing: pip install "qkrestore_nb[train]"') from e
     from tqdm import tqdm
+    qk_lr = _qk_lr(qk_lr, freeze, spare, rank)
     with tqdm(total=steps, desc="fine-tuning", mininterval=1., disable=not sys.stderr.isatty()) as bar:
         def look(step, loss): bar.n = step; bar.set_postfix(loss=f"{loss:.3f}"), bar.refresh()
-        done = tune(ckpt, data, out, steps, tokens, rows, lr, rank, every, seed, look=look, trust_remote_code=trust_remote_code)
+        done = tune(ckpt, data, out, steps, tokens, rows, lr, rank, qk_lr, pull, recall, every, seed, look=look, trust_remote_code=trust_remote_code, report_to=report_to or None)
     import os
     if os.environ.get("RANK", "0") == "0": echo(f"{done}: {steps} steps on {data}. Losses and settings: {done / 'finetune.json'}" + (f"\nAn adapter: qkrestore restore {ckpt} {done} OUT takes Q and K of the softmax layers out of it." if rank else f"\nNext: qkrestore audit {ckpt} {done}{' --trust-remote-code' * trust_remote_code}"))
 
@@ -497,8 +529,8 @@ def finetune(
 def audit(
     pre: Annotated[Path, typer.Argument(help="Checkpoint folder before fine-tuning.")],
     post: Annotated[Path, typer.Argument(help="Checkpoint folder after fine-tuning.")],
-    lengths: Annotated[str, typer.Option(help="Tokens, between commas.")] = "4096,16384",
-    haystacks: Annotated[int, typer.Option(help="Of each kind and length.")] = 16,
+    lengths: Annotated[str, typer.Option(help="Lengths in tokens, between commas.")] = "4096,16384",
+    haystacks: Annotated[int, typer.Option(help="Haystacks of each kind and length.")] = 16,
     tasks: Annotated[Optional[Path], typer.Option(help='Json lines with "prompt" and "answer": reasoning before and after.')] = None,
     room: Annotated[int, typer.Option(help="Tokens that the answer to a task may have.")] = 512,
     layers: Layers = "softmax",
@@ -509,12 +541,12 @@ def audit(
     tensors: Tensors = None,
     allow: Allow = "",
     page: Annotated[Optional[Path], typer.Option("--html", help="Write the page into this file.")] = None,
-    device: Annotated[Optional[str], typer.Option(help="Such as cuda. Default: a GPU where there is one.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the questions.")] = 0,
+    device: Annotated[Optional[str], typer.Option(help="Device such as cuda. Default: a GPU where there is one.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the questions.")] = 0,
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
-    """Ask PRE, POST and the restored POST the same questions about things far back; say whether to restore (chapter 13b).
+    """Evaluate the recall of PRE, POST and the restored POST on the same haystacks; say whether to restore (chapter 13b).
 
     Example: qkrestore audit base/ finetuned/ --lengths 4096,32768 --tasks gsm.jsonl --html audit.html
     """

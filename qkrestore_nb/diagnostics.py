@@ -82,7 +82,7 @@ def _linear_by_distance(v, do, decay=None, signed=False) -> torch.Tensor:
 # %% ../nbs/07_gradient_range.ipynb #87cda92a
 @contextmanager
 def _settings(model):
-    "Evaluation mode, no gradients of parameters, transformers' own attention function replaced; all put back afterwards."
+    "Evaluation mode, no gradients of parameters, transformers' own attention function replaced; all undone afterwards."
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     if not hasattr(model, "config"): raise ValueError("give a causal language model of transformers: this one has no config")

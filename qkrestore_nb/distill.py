@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['convert', 'watched', 'calibrate', 'layer_errors', 'align', 'distance', 'distil', 'windowed', 'answered',
            'layer_values', 'choose_layers', 'samples', 'answer_rows', 'text_batch', 'replies', 'judged', 'spoken',
-           'heard', 'smollm2', 'sound', 'word_problems', 'shares', 'contrast']
+           'shares', 'smollm2', 'sound', 'word_problems']
 
 # %% ../nbs/12_real_model.ipynb #42343a46
 import re
@@ -30,7 +30,7 @@ def convert(
     rope: bool = True,  # in the kept layers; HypeNet has none there, and scales its logits with ln of the position instead
     scale: int = 500,   # a of that log scale
 ) -> HypeNetForCausalLM:
-    """The teacher as a hybrid: everything copied, gates that let half pass before a doubled W_O, linear layers from the softmax layers' projections.
+    """The teacher as a hybrid: all weights copied, W_O doubled since a new gate is one half, linear layers from the softmax layers' projections.
     Raises ValueError for a teacher that cannot be copied this way, or layers it does not have."""
     c = teacher.config
     why = _refused(c)
@@ -71,7 +71,7 @@ def _refused(c) -> str | None:
 def watched(
     teacher,
 ) -> Iterator[dict[int, list]]:
-    "Inside the block, a forward of the teacher fills a dict: layer -> (what its attention read, what it gave, the heads' outputs before W_O)."
+    "Inside the block, a forward of the teacher fills a dict: layer -> (input and output of its attention, the heads' outputs before W_O)."
     seen, hooks = {}, []
     for i, layer in enumerate(teacher.model.layers):
         def before(module, args, kwargs, i=i): seen[i] = [args[0] if args else kwargs["hidden_states"]]
@@ -103,7 +103,7 @@ def layer_errors(
     teacher,
     ids: torch.Tensor,  # (B, T)
 ) -> dict[int, torch.Tensor]:
-    "Linear layer -> squared error of its output over the square of the teacher's, given what the teacher's layer read."
+    "Linear layer -> squared error of its output over the square of the teacher's, on the input of the teacher's layer."
     with torch.no_grad(), watched(teacher) as seen: teacher.model(ids, use_cache=False)
     positions, c = torch.arange(ids.shape[1], device=ids.device)[None], student.config
     rope, out = rope_angles(positions, c.lightning_head_dim, c.rope_theta), {}
@@ -192,7 +192,7 @@ def windowed(
 
 
 def _groups(lengths: list[int], tokens: int) -> list[list[int]]:
-    "Rows that are read at once, by number; the longest first, since it says how wide a group is, and none that is much shorter, since it would be padded or stepped through."
+    "Rows that go through the model together, by number: longest first, and none that is much shorter, since it would be padded."
     groups: list = [[]]
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         longest = lengths[groups[-1][0]] if groups[-1] else 0
@@ -204,10 +204,10 @@ def _groups(lengths: list[int], tokens: int) -> list[list[int]]:
 @torch.no_grad()
 def answered(
     model,                              # a causal model of transformers
-    rows: list[tuple[list[int], int]],  # ids, and how many of the last ones are asked for
+    rows: list[tuple[list[int], int]],  # ids, and how many of the last ones are the answer
     tokens: int = 8192,                 # read at once, unless a row is longer
 ) -> list[tuple[float, bool]]:
-    "For each row, in its order: mean loss of its last tokens, and whether greedy decoding would write them all: whether each is the likeliest after those before it."
+    "For each row: mean loss of its last tokens, and exact match: whether greedy decoding would write them all."
     out: dict = {}
     for group in _groups([len(x) for x, _ in rows], tokens):
         T = len(rows[group[0]][0])
@@ -229,7 +229,7 @@ def layer_values(
     tokens: int = 8192,                         # read at once
     tell: Callable = lambda text: None,         # called with what comes next
 ) -> list[dict]:
-    "Layer by layer (the first row is None: nothing changed): mean loss on texts, on answers, and the share of answers right token by token."
+    "Layer by layer (None in the first row: nothing changed): mean loss on texts, on answers, and exact match of the answers."
     def look():
         text, asked = answered(teacher, [(x, len(x) - 1) for x in texts], tokens), answered(teacher, answers, tokens)
         return dict(text=sum(a for a, _ in text) / len(text), answer=sum(a for a, _ in asked) / len(asked), right=sum(r for _, r in asked) / len(asked))
@@ -318,10 +318,10 @@ def replies(
     model,                              # a causal model of transformers
     tokenizer,
     rows: list[tuple[list[int], int]],  # ids, and how many of the last ones are the answer
-    room: int = 16,                     # tokens that may be said beside the answer
+    room: int = 16,                     # tokens to generate beyond the answer's length
     tokens: int = 8192,                 # read at once, unless a row is longer
 ) -> list[list[int]]:
-    "What the model says next, greedily, to each row without its answer: ids."
+    "The greedy continuation of each row without its answer: ids."
     prompts = [x[:-n] for x, n in rows]
     out: dict[int, list[int]] = {}
     pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
@@ -336,7 +336,7 @@ def judged(
     rows: list[tuple[list[int], int]],
     said: list[list[int]],  # of `replies` to them
 ) -> list[tuple[bool, bool]]:
-    "For each row whether the reply begins with the answer's tokens, and whether the answer stands in it (RULER's string match, arXiv 2404.06654)."
+    "For each row exact match, and whether the generated answer contains the value (RULER's string match, arXiv 2404.06654)."
     answers = [x[-n:] for x, n in rows]
     return [(s[:len(a)] == a, score(tokenizer.decode(s, skip_special_tokens=True), [tokenizer.decode(a).strip()]) == 1) for s, a in zip(said, answers, strict=True)]
 
@@ -347,15 +347,19 @@ def spoken(
     rows: list[tuple[list[int], int]],  # ids, and how many of the last ones are the answer
     **settings,                         # of `replies`
 ) -> list[tuple[bool, bool]]:
-    "How the model's `replies` are `judged`: for each row whether the answer comes at once, and whether it comes at all."
+    "Both scores of the model's `replies`: for each row exact match, and whether the generated answer contains the value."
     return judged(tokenizer, rows, replies(model, tokenizer, rows, **settings))
 
-# %% ../nbs/12_real_model.ipynb #12f00002
-def heard(
-    run: dict,  # a record of results: variant -> test -> length -> counts, in "scores"
-) -> dict:
-    "The same record, right if the answer is said at all; counts that do not say so stay as they are."
-    return dict(run, scores={v: {test: {T: dict(c, correct=c.get("said", c["correct"])) for T, c in by.items()} for test, by in s.items()} for v, s in run["scores"].items()})
+# %% ../nbs/12_real_model.ipynb #c0ntrast
+def shares(
+    runs: list[dict],     # records with scores: variant -> test -> length -> counts
+    variant: str,         # a key of scores
+    cells: list,          # (test, length) pairs, averaged with equal weight
+    exact: bool = False,  # count exact matches; otherwise generated answers, where a cell has them
+) -> np.ndarray:
+    "Percent right, one number a run."
+    def one(cell): return (cell["correct"] if exact else cell.get("said", cell["correct"])) / cell["n"]
+    return np.array([100 * np.mean([one(run["scores"][variant][test][str(length)]) for test, length in cells]) for run in runs])
 
 # %% ../nbs/12_real_model.ipynb #d91d25cf
 def smollm2(
@@ -413,32 +417,3 @@ def word_problems(
         out.append(dict(prompt=x["question"], completion=x["metadata"]["answer_cot"], answer=str(x["answer"]), kind=kind))
         if len(out) == n: return out
     raise ValueError(f"only {len(out)} of {n} problems could be made")
-
-# %% ../nbs/12_real_model.ipynb #c0ntrast
-def shares(
-    runs: list[dict],  # records with scores
-    variant: str,      # a key of scores
-    cells: list,       # (test, length) pairs, averaged with equal weight
-    draw: np.random.Generator | None = None,  # draw the answers anew from their binomials
-) -> np.ndarray:
-    "Percent right, one number a run."
-    def one(scores, test, length):
-        cell = scores[test][str(length)]
-        return (cell["correct"] if draw is None else draw.binomial(cell["n"], cell["correct"] / cell["n"])) / cell["n"]
-    return np.array([100 * np.mean([one(run["scores"][variant], *c) for c in cells]) for run in runs])
-
-
-def contrast(
-    runs: list[dict],
-    f: Callable,         # (shares of a variant: variant, cells -> array) -> one number a run
-    draws: int = 2000,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """Mean over runs of f, and a 95% interval from drawing runs and answers again. It counts the noise of the questions twice and is
-    too wide (chapter 10a has a better one); these records keep no bits, and their runs are too few for Student's t."""
-    rng, means = np.random.default_rng(seed), []
-    for _ in range(draws):
-        each = f(lambda variant, cells: shares(runs, variant, cells, rng))
-        means.append(np.mean(each[rng.integers(0, len(each), len(each))]))
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(np.mean(f(lambda variant, cells: shares(runs, variant, cells)))), float(low), float(high)

@@ -53,6 +53,7 @@ class SFT:
     steps: float = 1.                         # times the recipe's
     lr: float = 1.                            # times the recipe's
     qk_lr: float = 1.                         # times the others', for W_Q and W_K of the softmax layers; 0 freezes them
+    pull: float = 0.                          # towards the weights before, as in `train`
     rank: int = 0                             # of a LoRA adapter on all linear maps; 0: all weights are trained
     borders: bool = False                     # document borders in packed rows
 
@@ -63,10 +64,10 @@ sfts: dict[str, SFT] = dict(
     near=SFT(), far=SFT(dict(chain="far")),
     packed=SFT(_end_to_end, _fewer), borders=SFT(_end_to_end, _fewer, borders=True), packed_long=SFT(_end_to_end), wide=SFT(dict(rows=264)),
     direct=SFT(dict(chain="none", most=1, tasks="MDH")), talk=SFT(dict(talk=True)), MA=SFT(dict(tasks="MA")), DH=SFT(dict(tasks="DH")),
-    lr1e_4=SFT(lr=.2), lr2e_4=SFT(lr=.4), lr3e_4=SFT(lr=.6), lr1e_3=SFT(lr=2.), half=SFT(steps=.5), twice=SFT(steps=2.),
-    frozen=SFT(qk_lr=0.), slow=SFT(qk_lr=.1), lora1=SFT(rank=16), lora3=SFT(rank=16, lr=3.), lora10=SFT(rank=16, lr=10.),
+    lr5e_5=SFT(lr=.1), lr1e_4=SFT(lr=.2), lr2e_4=SFT(lr=.4), lr3e_4=SFT(lr=.6), lr1e_3=SFT(lr=2.), half=SFT(steps=.5), twice=SFT(steps=2.),
+    frozen=SFT(qk_lr=0.), slow=SFT(qk_lr=.1), pull3=SFT(pull=3.), pull10=SFT(pull=10.), lora1=SFT(rank=16), lora3=SFT(rank=16, lr=3.), lora10=SFT(rank=16, lr=10.),
     recall1=SFT(dict(recall=.01)), recall3=SFT(dict(recall=.03)), recall10=SFT(dict(recall=.1)),
-    **{f"{place}{T}": SFT(dict(window=place, T=T)) for place in ("random", "end") for T in (512, 2048)})
+    narrow=SFT(dict(rows=32)), **{f"{place}{T}": SFT(dict(rows=32, window=place, T=T)) for place in ("random", "end") for T in (512, 2048)})
 
 # %% ../nbs/10_amnesia.ipynb #rec1pes0
 decisive = ("pre", "post", "qk", "vo", "average 0.9")
@@ -257,7 +258,7 @@ def finetune(
         if sft.rank:
             from peft import LoraConfig, get_peft_model
             model = get_peft_model(model, LoraConfig(r=sft.rank, lora_alpha=2 * sft.rank, target_modules="all-linear"))
-        log = train(model, partial(sft_batch, seed=seed, **{**recipe.get("sft_data", {}), **sft.data}), **how, rate=lambda n: sft.qk_lr if n in qk else 1.,
+        log = train(model, partial(sft_batch, seed=seed, **{**recipe.get("sft_data", {}), **sft.data}), **how, rate=lambda n: sft.qk_lr if n in qk else 1., pull=sft.pull,
                     loss=partial(weighted_loss, borders=sft.borders), file=out / f"{name}.pt", every=recipe["probe"], look=on_step,
                     label=f"fine-tuning ({name})", **_how(profile))
         save(model.merge_and_unload() if sft.rank else model, out / name)

@@ -116,7 +116,7 @@ def strict(
 def read_journal(
     folder: str | Path,  # a checkpoint that was changed in place
 ) -> tuple[list[tuple[dict, dict]], str | None]:
-    "Pairs (where the bytes belong, where they are in the journal), and the note of before. Raises CheckpointError where there is none or it is damaged."
+    "Pairs (where the bytes belong, where they are in the journal), and the old note. Raises CheckpointError where there is none or it is damaged."
     folder, path = Path(folder), Path(folder) / JOURNAL
     if not folder.is_dir(): raise CheckpointError(f"there is no folder {folder}: check the path")
     if (head := journal_head(folder)) is None:

@@ -74,7 +74,7 @@ def prose_probe(
 # %% ../nbs/07c_monitor.ipynb #c5f18d29
 @contextmanager
 def _evaluating(model) -> Iterator[None]:
-    "Evaluation mode, put back module by module."
+    "Evaluation mode, undone module by module."
     before = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
@@ -243,7 +243,7 @@ class RecallMonitor(TrainerCallback):
         probe=None,  # instead of haystacks in prose: a batch with ids and ask (as of `recall_test`), or a `Probe`
         share: float = 0.8,  # of the start: recall below it has fallen
         on_fall: str = "warn",  # warn; or stop: end the training as well
-        keep: bool = False,  # with the Trainer: keep the last checkpoint from before the fall, in OUTPUT/recall-STEP
+        keep: bool = False,  # with the Trainer: keep the last checkpoint before the fall, in OUTPUT/recall-STEP
         drift: bool = True,  # of W_Q and W_K of the softmax layers; costs a copy of them
         gradients=None,  # a batch as of `gradient_range`: adds its mean distance and share beyond 128 tokens
         seed: int = 0,  # of the haystacks
@@ -374,7 +374,7 @@ class RecallMonitor(TrainerCallback):
         control.should_log = trainer.control.should_log = due
 
     def on_save(self, args, state, control, model=None, **kwargs):
-        "A checkpoint's own recall decides whether it is from before the fall."
+        "A checkpoint's own recall decides whether it was saved before the fall."
         if not self.keep or self.fallen:
             return
         self._act(model, state.global_step, control)

@@ -265,13 +265,13 @@ def _check_floats(side: Side, name: str, dtype: str) -> None:
     )
     if scale := next((n for n in beside if n in side.tensors), None):
         raise CheckpointError(
-            f"{name} of {side.which} is quantized ({scale.rpartition('.')[2]}): it cannot be put back alone, restore "
+            f"{name} of {side.which} is quantized ({scale.rpartition('.')[2]}): it cannot be restored alone, restore "
             f"before quantizing"
         )
     if dtype not in _torch_dtypes.values():
         by = f" ({side.quantized})" if side.quantized else ""
         raise CheckpointError(
-            f"{name} of {side.which} is stored as {dtype}{by}: what is quantized cannot be put back alone, restore "
+            f"{name} of {side.which} is stored as {dtype}{by}: what is quantized cannot be restored alone, restore "
             f"before quantizing"
         )
 
@@ -281,7 +281,7 @@ def _pair(a: Move, b: Move, sides: tuple[Side, Side], cast: bool) -> Move:
     if a.shape != b.shape:
         method = next(
             (f": {s.which} is quantized ({s.quantized}), restore before quantizing" for s in sides if s.quantized),
-            ": they must be the same before it can be put back",
+            ": they must be the same before it can be restored",
         )
         raise CheckpointError(f"{b.post} has shape {list(a.shape)} in pre and {list(b.shape)} in post{method}")
     if a.dtype != b.dtype and not cast:

@@ -171,7 +171,7 @@ def note_of(
         s["layers"] = s.get("layers") or "all"
     old_pro = "lam" in raw and not any(
         "layer" in r for r in raw["tensors"]
-    )  # the first edition did not mark what was solved for
+    )  # older notes did not mark what was solved for
     rows = (
         [_row(r, old_pro) for r in raw.get("tensors", [])]
         if "left_out" in raw

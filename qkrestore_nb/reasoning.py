@@ -56,7 +56,7 @@ def problem(
     rng: np.random.Generator,
     task: str,             # M, A, D or H
     n: int,                # steps, 1 to 8
-    chain: str = "near",   # "near": each step restates rule and clue; "far": it looks back to the question for them; "none": the answer at once
+    chain: str = "near",   # "near": each step restates rule and clue; "far": it looks back to the question for them; "none": the answer without steps
     rules: int = 4,        # how many of the rules may be drawn; the first two are plus and minus
     wordy: bool = False,   # 4 to 12 words of essay before each step, as a chain in prose would have them
 ) -> tuple[np.ndarray, np.ndarray]:

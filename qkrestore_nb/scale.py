@@ -165,7 +165,7 @@ def load(
     dtype=None,              # None: bfloat16 on a GPU, float16 on one older than sm_80, float32 on a CPU
     trust_remote_code: bool = False,  # as in `needs`
 ) -> tuple:
-    "Model and tokenizer, ready to be asked. Raises CheckpointError where memory is too small, with what fits, or where the checkpoint cannot be loaded."
+    "Model and tokenizer, ready to evaluate. Raises CheckpointError where memory is too small, with what fits, or where the checkpoint cannot be loaded."
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -25,6 +25,11 @@ class Estimate:
     @property
     def mean(self) -> float: return float(self.units.mean())
 
+    @property
+    def clear(self) -> bool:
+        "The interval is clear of zero, and all units are on one side of it."
+        return bool((self.low > 0 or self.high < 0) and (abs(np.sign(self.units).sum()) == len(self.units)))
+
     def __str__(self) -> str: return f"{self.mean:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
 
 

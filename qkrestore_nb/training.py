@@ -214,6 +214,7 @@ def train(
     label: str = "training",
     look: Callable | None = None,  # look(step, model), called every `every` steps: a probe during training
     rate: Callable = lambda name: 1.,  # parameter name -> factor on lr; 0 freezes it
+    pull: float = 0.,          # times the rate: what a step takes back of the way from the weights at the start (decoupled L2-SP)
     loss: Callable = weighted_loss,    # (model, ids, weights) -> what is made small
 ) -> list[dict]:
     "Train with AdamW and a cosine to 10%; returns the log: step, loss, tokens_per_s. Interrupted runs resume with the same batches."
@@ -226,6 +227,8 @@ def train(
                             betas=(.9, .95), fused=device.type == "cuda")
     schedule = get_cosine_with_min_lr_schedule_with_warmup(opt, warmup, steps, min_lr_rate=.1)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")  # small gradients would be zero in float16
+    trained = [p for p in model.parameters() if p.requires_grad]
+    origin = [p.detach().clone() for p in trained] if pull else []
     start, log, file = 0, [], None if file is None else Path(file)
     if file and file.exists():
         saved = torch.load(file, map_location=device, weights_only=True)
@@ -242,7 +245,10 @@ def train(
             scaler.scale(value).backward()
             scaler.unscale_(opt)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+            rate_now = schedule.get_last_lr()[0]
             scaler.step(opt), scaler.update(), schedule.step(), opt.zero_grad(set_to_none=True)
+            if pull:
+                with torch.no_grad(): torch._foreach_lerp_(trained, origin, pull * rate_now)
             seen += ids.numel()
             if step % 20 == 0 or step == steps:
                 now = time.perf_counter()

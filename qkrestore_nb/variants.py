@@ -15,7 +15,7 @@ from .restore import qk_restore
 # %% ../nbs/09a_variants.ipynb #89446fe7
 restores = ("qk", "q", "k", "v", "o", "vo", "qkvo")  # projections of the softmax layers
 
-groups = {  # what else goes back to the checkpoint before SFT
+groups = {  # what else is restored from pre
     "qk and norms": r"layers\.S\.self_attn\.[qk]_(proj|norm)|layers\.S\.input_layernorm", "softmax layers' gates": r"layers\.S\.self_attn\.o_gate", "softmax mixers": r"layers\.S\.self_attn",
     "qk of linear layers": r"layers\.L\.self_attn\.[qk]_(proj|conv1d)", "vo of linear layers": r"layers\.L\.self_attn\.[vo]_(proj|conv1d)",
     "qk of all layers": r"self_attn\.[qk]_(proj|conv1d)", "first linear mixer": r"layers\.F\.self_attn", "all mixers": r"self_attn",
@@ -57,7 +57,7 @@ def variant(
     config,         # of the model
     seed: int = 0,  # of the controls
 ) -> dict:
-    "The state dict of a rival of QK-Restore. Raises ValueError for a name that is not known."
+    "The state dict of an alternative to QK-Restore. Raises ValueError for a name that is not known."
     if " on " in name:
         name, _, below = name.partition(" on ")
         post = variant(below, pre, post, config, seed)

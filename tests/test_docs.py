@@ -9,11 +9,13 @@ from prepare import (
     BADGE,
     Terms,
     code_cell,
+    contents,
     fold,
     glossary,
     introduced,
     link_sources,
     link_symbols,
+    parts,
     reference,
     signature,
 )
@@ -121,3 +123,39 @@ def test_printed_output_says_its_width():
 
 def test_badge_is_text_on_the_site():
     assert BADGE.sub(r"[\1]", "[![Open in Colab](https://x/b.svg)](https://y)") == "[Open in Colab](https://y)"
+
+
+def wrong_next(pages: dict[str, str], order: list[str], needed: set[str]) -> list[str]:
+    "Chapters whose `Next` is not the page that follows in the sidebar, or that lack one. pages: name -> all its prose."
+    follows, found = dict(zip(order, order[1:])), []
+    for stem, text in pages.items():
+        said = re.findall(r"^Next: \[[^\]]*\]\((\w+)\.ipynb\)", text, flags=re.M)
+        if (said or stem in needed) and said != [follows.get(stem)]:
+            found.append(f"{stem} says {said}, and {follows.get(stem)} follows")
+    return found
+
+
+def test_next_is_what_follows():
+    "The link at a chapter's end and the one in the page's footer lead to the same page."
+    paths = sorted((ROOT / "nbs").glob("*.ipynb"))
+    prose = lambda path: "\n\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown")
+    pages = {p.stem: prose(p) for p in paths if p.stem != "index"}
+    sidebar = contents(list(pages))
+    needed = {page for part in ("Ideas", "Why", "Real models") for _, page in sidebar[part]}
+    order = [page for part in sidebar.values() for _, page in part]
+    assert wrong_next(pages, order, needed) == []
+    assert wrong_next({"a": "Next: [c](c.ipynb)", "b": "text"}, ["a", "b", "c"], {"b"}) == \
+        ["a says ['c'], and b follows", "b says [], and c follows"]
+
+
+def test_sidebar(tmp_path):
+    "Parts in the order of design, each notebook once, titles that fit on a line."
+    stems = [p.stem for p in (ROOT / "nbs").glob("*.ipynb") if p.stem != "index"]
+    sidebar = contents(stems)
+    assert list(sidebar) == ["Ideas", "Why", "Real models", "Use it", "Reference", "Log"]
+    assert sorted(page for part in sidebar.values() for _, page in part) == sorted([*stems, "api", "log"])
+    assert all(len(title) <= 30 for part in sidebar.values() for title, _ in part)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "chapters.toml").write_text("[Ideas]\ngone = { title = 'x', read = 1 }")
+    assert list(parts(tmp_path)) == ["Ideas"]
+    with pytest.raises(ValueError, match="names gone, and no notebook is called so"): contents(stems, tmp_path)

@@ -245,3 +245,139 @@ def test_needs_grow_and_shrink_as_they_should():
     assert {r["gpus"] for r in measured} == {1, 2}
     for r in measured:  # on H100: never more than computed, and not much less
         assert {1: .95, 2: .8}[r["gpus"]] < r["peak_gpu_gb"] / ft.training_needs(HypeNetConfig.preset("2B"), 4096 * r.get("rows_at_once", 1), r["gpus"])["total_gb"] < 1
+
+
+# ---- remedies during training, and data as people keep them
+
+def moved(base: Path, post: Path) -> dict[str, float]:
+    before, after = weights(base / "pre"), weights(post)
+    return {k: float((after[k].float() - before[k].float()).norm() / before[k].float().norm()) for k in before}
+
+
+QK = [f"model.layers.{i}.self_attn.{p}_proj.weight" for i in (1, 3) for p in "qk"]
+
+
+def test_q_and_k_held_or_slowed(base, tmp_path):
+    tune = lambda name, **how: ft.finetune(base / "pre", base / "sums.jsonl", tmp_path / name, **SETTINGS, **how)
+    plain, slow, held = moved(base, base / "post"), moved(base, tune("slow", qk_lr=.1)), moved(base, tune("held", qk_lr=0.))
+    others = [k for k in plain if k not in QK and plain[k] > 0]
+    assert all(plain[k] > 0 and held[k] == 0 and slow[k] < .3 * plain[k] for k in QK)
+    assert others and all(held[k] > 0 and .5 * plain[k] < slow[k] for k in others)
+    assert sorted(f"{n}.weight" for n in ft.qk_modules(small_hybrid())) == sorted(QK)
+
+
+def test_an_adapter_that_spares_q_and_k(base, tmp_path):
+    from safetensors.torch import load_file
+    ft.finetune(base / "pre", base / "sums.jsonl", tmp_path / "a", rank=4, qk_lr=0., **SETTINGS)
+    keys = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    there = lambda layer, role: any(f"layers.{layer}.self_attn.{role}_proj." in k for k in keys)
+    assert not any(there(i, r) for i in (1, 3) for r in "qk") and there(1, "v") and there(0, "q")
+
+
+def test_pulled_back(base, tmp_path):
+    "A pull takes a share of the way back: less drift everywhere; also when stopped and gone on with."
+    calm = dict(SETTINGS, lr=1e-3)
+    ft.finetune(base / "pre", base / "sums.jsonl", tmp_path / "free", **calm)
+    ft.finetune(base / "pre", base / "sums.jsonl", tmp_path / "pulled", pull=300., **calm)
+    def stop(step, loss):
+        if step == 4: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): ft.finetune(base / "pre", base / "sums.jsonl", tmp_path / "again", pull=300., look=stop, **calm)
+    ft.finetune(base / "pre", base / "sums.jsonl", tmp_path / "again", pull=300., **calm)
+    free, pulled = moved(base, tmp_path / "free"), moved(base, tmp_path / "pulled")
+    assert all(0 < pulled[k] < .8 * free[k] for k in QK)
+    same(tmp_path / "pulled", tmp_path / "again")
+
+
+def test_rows_of_recall_between_the_rows(base, tmp_path):
+    from transformers import AutoTokenizer
+    rows, needles = (dict(n=0),), iter(range(10 ** 6))
+    drawn = [next(x) for x in [ft._mixed(lambda: iter(rows), lambda: needles, .25, 0)] for _ in range(4000)]
+    assert .22 < sum(isinstance(x, int) for x in drawn) / 4000 < .28
+    assert all(not isinstance(next(x), int) for x in [ft._mixed(lambda: iter(rows), lambda: needles, 0., 0)] for _ in range(50))
+    tokenizer = AutoTokenizer.from_pretrained(base / "pre")
+    chat = next(ft.recall_chats(tokenizer, 1024))
+    ids, labels = ft.encode_chat(tokenizer, chat)
+    assert len(ids) <= 1024 and "special magic number" in tokenizer.decode([y for y in labels if y >= 0])
+    answer = chat[-1]["content"].rstrip(".").split()[-1]
+    assert f": {answer}." in chat[0]["content"]  # it stands in the text
+    with pytest.raises(CheckpointError, match="no rows of recall"): ft.finetune(base / "pre", base / "sums.jsonl", tmp_path / "post", recall=.1, **SETTINGS)
+    ft.finetune(base / "pre", base / "sums.jsonl", tmp_path / "post", recall=.5, **SETTINGS | dict(T=512, steps=2))
+    assert len(losses(tmp_path / "post")) == 2
+
+
+def test_data_as_people_keep_them(tmp_path):
+    "Parts of text, lists of messages as TRL takes them, parquet; the same conversation each time."
+    from datasets import Dataset
+    parts = lambda text: [dict(type="text", text=text[:1]), dict(type="text", text=text[1:])]
+    wanted = [[dict(role="user", content="2 and 3?"), dict(role="assistant", content="5.")]]
+    forms = dict(text=dict(prompt="2 and 3?", completion="5."), lists=dict(prompt=wanted[0][:1], completion=wanted[0][1:]), messages=dict(messages=wanted[0]),
+                 parts=dict(messages=[dict(role="user", content=parts("2 and 3?")), dict(role="assistant", content=parts("5."))]))
+    for name, row in forms.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+        assert list(ft.read_chats(tmp_path / f"{name}.jsonl")) == wanted, name
+        Dataset.from_list([row]).to_parquet(tmp_path / f"{name}.parquet")
+        assert list(ft.read_chats(tmp_path / f"{name}.parquet")) == wanted, name
+        assert list(ft.read_chats(str(tmp_path / f"{name}.parquet"))) == wanted, name
+    (tmp_path / "image.jsonl").write_text(json.dumps(dict(messages=[dict(role="user", content=[dict(type="image")]), dict(role="assistant", content="5.")])))
+    with pytest.raises(CheckpointError, match="line 1 has neither"): list(ft.read_chats(tmp_path / "image.jsonl"))
+
+
+def test_a_dataset_of_the_hub(tmp_path, monkeypatch):
+    import datasets
+    asked = []
+    def load(name, split):
+        asked.append((name, split))
+        return [dict(prompt="a", completion="b")]
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert len(list(ft.read_chats("owner/chains"))) == len(list(ft.read_chats("owner/chains:test"))) == 1
+    assert asked == [("owner/chains", "train"), ("owner/chains", "test")]
+    def gone(*args, **kw): raise ConnectionError("no route")
+    monkeypatch.setattr(datasets, "load_dataset", gone)
+    with pytest.raises(CheckpointError, match="owner/chains cannot be loaded as a dataset"): list(ft.read_chats("owner/chains"))
+    with pytest.raises(CheckpointError, match="cannot be read"): list(ft.read_chats("folder/chains.jsonl"))  # a file that is not there
+
+
+def test_what_a_tracker_is_told(base, tmp_path):
+    from accelerate.tracking import GeneralTracker
+
+    class Notes(GeneralTracker):
+        name, requires_logging_directory = "notes", False
+        def __init__(self): super().__init__(); self.rows, self.config = [], None
+        @property
+        def tracker(self): return self
+        def store_init_configuration(self, values): self.config = values
+        def log(self, values, step, **kw): self.rows.append((step, values))
+    notes = Notes()
+    ft.finetune(base / "pre", base / "sums.jsonl", tmp_path / "post", report_to=notes, **SETTINGS)
+    assert [s for s, _ in notes.rows] == list(range(1, 7)) and [v["loss"] for _, v in notes.rows] == pytest.approx(losses(tmp_path / "post"), abs=1e-4)
+    assert notes.config["lr"] == 3e-3 and notes.rows[-1][1]["learning_rate"] < 3e-3
+
+
+@pytest.mark.parametrize("how, says", [(dict(qk_lr=-1.), "qk_lr is -1.0"), (dict(pull=float("nan")), "pull is nan"), (dict(recall=1.), "recall is 1.0"), (dict(report_to="paper"), "no tracker is called 'paper'"),
+                                       (dict(report_to="dvclive"), "dvclive is not installed")])
+def test_remedies_that_do_not_fit(base, tmp_path, how, says):
+    with pytest.raises(CheckpointError, match=says): ft.finetune(base / "pre", base / "sums.jsonl", tmp_path / "post", **SETTINGS | dict(T=512), **how)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_takes_a_file_of_options(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
+    yaml = tmp_path / "run.yaml"
+    yaml.write_text(f"ckpt: {base / 'pre'}\ndata: {base / 'sums.jsonl'}\nsteps: 3\ntokens: 128\nrows: 4\nlr: 1e-3\nfreeze: qk\n")
+    with pytest.raises(SystemExit) as e: main(["finetune", "--config", str(yaml), "--steps", "2", str(base / "pre"), str(base / "sums.jsonl"), str(tmp_path / "post")])
+    assert not e.value.code
+    made = json.loads((tmp_path / "post" / "finetune.json").read_text())
+    assert len(made["log"]) == 2 and made["config"]["lr"] == 1e-3 and made["config"]["qk_lr"] == 0
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("text, line, says", [
+    ("rate: 1\n", [], "nothing is called 'rate' here"), ("- 1\n", [], "holds no names and values"), ("a: [\n", [], "cannot be read as YAML"), (None, [], "cannot be read as YAML"),
+    ("steps: many\n", [], "valid integer"), ("", ["--freeze", "qk", "--rank", "4"], "--freeze qk does not fit"), ("", ["--spare", "qk"], "--spare qk does not fit"),
+    ("", ["--freeze", "vo"], "only qk"), ("", ["--freeze", "qk", "--qk-lr", ".5"], "say two things"), ("", ["--report-to", "paper"], "no tracker is called")])
+def test_options_that_do_not_fit(base, tmp_path, capsys, text, line, says):
+    if text: (tmp_path / "run.yaml").write_text(text)
+    config = ["--config", str(tmp_path / "run.yaml")] if text != "" else []
+    with pytest.raises(SystemExit) as e: main(["finetune", *config, *line, str(base / "pre"), str(base / "sums.jsonl"), str(tmp_path / "post")])
+    said = capsys.readouterr().err
+    assert e.value.code == 2 and says in said and "Traceback" not in said and not (tmp_path / "post").exists()

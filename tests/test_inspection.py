@@ -74,3 +74,23 @@ def test_latent_attention_is_shown_in_full(tmp_path):
     assert seen["latent"] and any("kv_b_proj" in r["tensor"] and r["part"] for r in seen["tensors"])
     assert len(inspect_checkpoint(tmp_path / "post", mla="q_only")["tensors"]) == 2
     with pytest.raises(CheckpointError, match="mla="): inspect_checkpoint(write_checkpoint(tmp_path / "h", 1, config=hypenet_config()), mla="q_only")
+
+
+def test_an_adapter_by_the_pattern_spares_q_and_k(tmp_path):
+    "peft takes the pattern that inspect prints, on HypeNet and on a family with other names."
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
+    from conftest import small_hybrid
+    from qkrestore_nb.inspection import inspect_checkpoint
+    qwen = Qwen3NextConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=2,
+                           num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16, linear_num_value_heads=2, linear_num_key_heads=2,
+                           linear_key_head_dim=16, linear_value_head_dim=16)
+    for name, model, held in (("hypenet", small_hybrid(), (1, 3)), ("qwen", Qwen3NextForCausalLM(qwen), (3,))):
+        model.save_pretrained(tmp_path / name)
+        pattern = inspect_checkpoint(tmp_path / name)["spare"]
+        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / name), LoraConfig(r=2, target_modules=pattern))
+        got = {n.split(".lora_A")[0].removeprefix("base_model.model.") for n, _ in adapted.named_parameters() if ".lora_A" in n}
+        linear = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head" and (name == "hypenet" or ".mlp." not in n)}  # experts: peft's own way
+        spared = {f"model.layers.{i}.self_attn.{p}_proj" for i in held for p in "qk"}
+        assert spared <= linear and linear - spared <= got and not got & spared, (name, linear - spared - got, got & spared)
