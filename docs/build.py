@@ -34,7 +34,10 @@ def mathjax(version: str = "3.2.2") -> None:
         shutil.move(part, target)
 
 
-LATER = "searchtools|language_data|searchindex|clipboard.min|copybutton|design-tabs|sphinx_highlight"
+LATER = "clipboard.min|copybutton|design-tabs|sphinx_highlight"
+SPHINX_SEARCH = r'\s*<script [^>]*(?:searchtools|language_data|searchindex)\.js[^>]*></script>'  # _static/search.js does it
+BUTTONS = r"<p>((?:<a [^>]*>(?:(?!</a>).)*</a>\s*){3})</p>"  # a paragraph of three links
+UNSEARCHED = ("genindex", "404", "search", "log", "api")  # lists, and the log
 
 
 PRINTED = r'<div class="output [^>]*>\s*<div class="highlight[^>]*>(?:<div class="highlight">)?'
@@ -59,11 +62,23 @@ def lighten(site: Path) -> None:
         return f'{m[0]} width="{width}" height="{height}"'
     for path in site.glob("*.html"):
         text = re.sub(r"\s*<script [^>]*fontawesome\.js[^>]*></script>", "", path.read_text())
+        text = re.sub(SPHINX_SEARCH, "", text)
+        if path.name == "index.html": text = re.sub(BUTTONS, r'<p class="buttons">\1</p>', text)
+        if path.stem.split("_")[0] not in UNSEARCHED or path.stem.startswith("api_"):
+            weight = ' data-pagefind-weight="0.2"' * path.stem.startswith("api_")  # chapters first
+            text = text.replace('<article class="bd-article"', f'<article class="bd-article" data-pagefind-body{weight}')
         text = re.sub(rf'<script (?=src="(?:_static/)?(?:{LATER})\.js)', "<script defer ", text)
         text = text.replace("</strong> -- ", "</strong>: ")  # a dash only where Sphinx may set all dashes
         text = re.sub(rf"({PRINTED})<pre>(.*?)</pre>", columns, text, flags=re.S)
         text = re.sub(r'(<div class="cell_output docutils container")(?=>\s*<(?:img|figure))', rf"\1 {REACHED}", text)
         path.write_text(re.sub(r'<img [^>]*src="(_images/[^"]+\.svg)"[^>/]*', sized, text))
+
+
+def index(site: Path) -> int:
+    "The search's index, from what `lighten` marked."
+    for name in ("searchindex.js", "_static/searchtools.js", "_static/language_data.js"): (site / name).unlink(missing_ok=True)
+    sentences = ["--exclude-selectors", ".cell_input, .cell_output, .headerlink"]  # functions are found on the pages of the API
+    return subprocess.run([sys.executable, "-m", "pagefind", "--site", site, "--quiet", *sentences]).returncode
 
 
 def main() -> int:
@@ -76,9 +91,11 @@ def main() -> int:
         options = ["-W", "--keep-going", "-n", "-E", "-q", "-b", "html", "-c", DOCS, "-d", doctrees]
         done = subprocess.run([sys.executable, "-m", "sphinx", *options, DOCS / "pages", site])
     shutil.rmtree(DOCS / "jupyter_execute", ignore_errors=True)  # myst-nb's copies of the figures, already in the site
-    if done.returncode == 0: lighten(site)
-    if done.returncode == 0: print(f"{len(list(site.glob('*.html')))} pages: open {site / 'index.html'}")
-    return done.returncode
+    if done.returncode: return done.returncode
+    lighten(site)
+    if failed := index(site): return failed
+    print(f"{len(list(site.glob('*.html')))} pages: open {site / 'index.html'}")
+    return 0
 
 
 if __name__ == "__main__": sys.exit(main())

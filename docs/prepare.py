@@ -152,7 +152,7 @@ class Terms:
         names = sorted((w for w in words if len(w) > 1 and w not in EVERYDAY), key=len, reverse=True)
         # an abbreviation only as it stands, MK and S1; a word also where it begins a sentence
         each = "|".join(re.escape(w) if len(w) < 5 and w != w.lower() else f"(?i:{re.escape(w)})" for w in names)
-        self.pattern = re.compile(rf"(?<![\w-])({each})(?![\w-])") if names else None
+        self.pattern = re.compile(rf"(?<![\w-])(?<!hidden )({each})(?![\w-])") if names else None
 
     def __call__(self, text: str) -> str:
         def one(m):

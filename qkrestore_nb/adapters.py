@@ -145,7 +145,7 @@ _no_weights = (
 
 def _adapter_config(post: Path) -> dict:
     "Of an adapter that can be restored. Raises CheckpointError for kinds that cannot."
-    config = read_json(post / CONFIG)
+    config = read_json(post / CONFIG, 10_000_000)
     kind = str(config.get("peft_type")).upper()
     if kind in _no_weights:
         raise CheckpointError(

@@ -46,7 +46,7 @@ def verdict(
     regained: tuple,  # of post and restored on recall
     reasoning: tuple | None = None,  # of post and restored on tasks
     gained: tuple | None = None,  # of pre and post on tasks
-    before: float | None = None,  # percent that pre gets right; None: not asked
+    before: float | None = None,  # percent that pre gets right; None: no tasks
     moved: bool = True,  # whether anything that a restore would change differs at all
 ) -> tuple[str, str]:
     "'restore', 'do not' or 'inconclusive', and why."
@@ -133,7 +133,7 @@ def solves(
     said: str,
     answer: str,
 ) -> bool:
-    "Whether the last number that was said is the answer; for an answer that is no number, whether the last line holds it."
+    "Whether the last number of the generated answer is right; for an answer that is no number, whether the last line holds it."
     plain = lambda x: float(x.replace(",", ""))
     if re.fullmatch(_number, answer.strip()):
         found = re.findall(_number, said)
@@ -204,7 +204,7 @@ def audit(
     allow: str = "",  # fields of the configs that may differ, as in `qk_restore`
     **choice: Unpack[Choice],  # what to restore, as in `qk_restore`
 ) -> dict:
-    """Ask pre, post and restored the same; scores, drift, the paired differences and the verdict. Neither folder is touched.
+    """Evaluate pre, post and restored on the same questions: scores, drift, paired differences, verdict. No folder is changed.
     Raises CheckpointError for checkpoints that cannot be restored or loaded, or tasks that cannot be read."""
     import gc
     import torch

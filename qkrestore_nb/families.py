@@ -326,7 +326,8 @@ def known_family(
     config: dict,  # a config.json
 ) -> dict | None:
     "The entry of `families` that a config belongs to, or None."
-    types, made = set(_model_types(config)), set(config.get("architectures") or [])
+    said = config.get("architectures")
+    types, made = set(_model_types(config)), {str(a) for a in said} if isinstance(said, list) else set()
     return next((f for f in families.values() if types & set(f["models"]) or made & set(f["architectures"])), None)
 
 # %% ../nbs/08a_families.ipynb #48e48c23
@@ -418,12 +419,12 @@ def _by_rule(rule: dict, config: dict, family: dict, n) -> list[str] | None:
     if not isinstance(said, (list, tuple, type(None))) and (
         field != "hybrid_override_pattern" or not isinstance(said, str)
     ):
-        raise CheckpointError(f"{field} must be a list of one word a layer and is {said!r}")
+        raise CheckpointError(f"{field} must be a list of one word a layer and is {str(said)[:40]!r}")
     if not said:
         return None
     said = [str(w) for w in said]
     if (unknown := sorted(set(said) - kinds.keys())) and not family["other"]:
-        raise CheckpointError(f"unknown kind of layer {', '.join(unknown)} in {field}: known are {', '.join(kinds)}")
+        raise CheckpointError(f"unknown kind of layer {', '.join(unknown)} in {field}: known are {', '.join([*kinds][:6])}")
     if rule.get("cycled"):
         return [kinds[said[i % len(said)]] for i in range(n)]
     if n is not None and len(said) != n:
@@ -446,10 +447,9 @@ def layer_kinds(
     for rule in family["kinds_from"]:
         if found := _by_rule(rule, inner, family, n):
             return found
-    raise CheckpointError(
-        f"config.json has no {family['kinds_from'][0].get('field') or family['kinds_from'][0].get('indices')}, which "
-        f"says which layers are softmax"
-    )
+    first = family["kinds_from"][0]
+    name = next(str(first[k]) for k in ("field", "indices", "period") if k in first)
+    raise CheckpointError(f"config.json has no {name} that says which layers are softmax: save it again")
 
 # %% ../nbs/08a_families.ipynb #64c4424a
 class Choice(TypedDict, total=False):
@@ -608,6 +608,8 @@ def _owners(config: dict, chosen: list[int]) -> list[int]:
         return chosen
     users = [i for i, kind in enumerate(kinds) if kind == "softmax"]
     blocks = _number(text_config(config), family["shared"], 1)
+    if not isinstance(blocks, int) or not 1 <= blocks <= max(1, len(users)):
+        raise CheckpointError(f"{family['shared']} of config.json is {str(blocks)[:40]}: give 1 to {len(users)}")
     owner = {i: users[j % blocks] for j, i in enumerate(users)}
     for i in chosen:
         if i in owner and (missing := [u for u in users if owner[u] == owner[i] and u not in chosen]):
@@ -934,10 +936,17 @@ def stretches(
     return _merged(((first + b * block) * width, (first + b * block + keep) * width) for b in blocks)
 
 # %% ../nbs/08a_families.ipynb #5b6750ff
+def _object(config: dict, name: str) -> dict:
+    value = config.get(name) or {}
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{name} of config.json is {str(value)[:40]!r}, which is no object: save the config again")
+    return value
+
+
 def _rope(config: dict) -> dict:
     "rope_parameters of the full-attention layers, where they are kept by kind."
-    rope = config.get("rope_parameters") or {}
-    return rope.get("full_attention") or {} if any(isinstance(v, dict) for v in rope.values()) else rope
+    rope = _object(config, "rope_parameters")
+    return _object(rope, "full_attention") if any(isinstance(v, dict) for v in rope.values()) else rope
 
 
 def _field(config: dict, name: str, agree: dict):
@@ -947,7 +956,7 @@ def _field(config: dict, name: str, agree: dict):
     if name == "rope_scaling":
         scaling = {
             k: v
-            for k, v in {**(config.get("rope_scaling") or {}), **rope}.items()
+            for k, v in {**_object(config, "rope_scaling"), **rope}.items()
             if k not in ("rope_theta", "partial_rotary_factor")
         }
         return None if scaling in ({}, {"rope_type": "default"}) else scaling

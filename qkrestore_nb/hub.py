@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Unpack
 
-from .checkpoints import CheckpointError
+from .checkpoints import CheckpointError, check_link
 from .families import Choice, Selection
 from .in_place import JOURNAL
 from .moves import open_both, plan_sides
@@ -91,6 +91,8 @@ def push_to_hub(
     folder, card, api = Path(folder), model_card(folder), HfApi(token=token)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise CheckpointError(f"{repo} is no name on the hub: give owner/name")
+    for path in folder.rglob("*"):
+        check_link(path, folder)
     files = [
         p
         for p in sorted(folder.rglob("*"))

@@ -577,7 +577,7 @@ def greedy(
     ends: set[int] | None = None,  # tokens that end one; None: none does
     pad: int = 0,               # filler for other families than HypeNet's
 ) -> list[list[int]]:
-    "What the model says to many prompts at once, by the likeliest token each time; without the token that ends it."
+    "Greedy continuations of many prompts, without the token that ends each."
     ends = ends or set()
     said = _stepwise(model, prompts, room, ends) if isinstance(model, HypeNetForCausalLM) else _padded(model, prompts, room, ends, pad)
     return [list(takewhile(lambda t: t not in ends, x)) for x in said]

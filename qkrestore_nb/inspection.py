@@ -172,6 +172,9 @@ def _moved(move: Move, pre: Side, post: Side, heads: int) -> tuple[float | None,
         decode(b"".join(pieces(entry)), entry["dtype"]).astype("f8")
         for entry in (located(pre, move), located(post, move))
     )
+    for side, numbers in ((pre, x), (post, y)):
+        if not np.isfinite(numbers).all():
+            raise CheckpointError(f"{move.post} of {side.which} holds NaN or inf: find out what broke it")
     size, width = float(np.linalg.norm(x)), move.shape[-1]
     drift, angles = float(np.linalg.norm(y - x)) / size if size else None, None
     rows = x.size // width if len(move.shape) == 2 and move.role in ("q", "k") and heads else 0

@@ -202,5 +202,5 @@ def score(
     said: str,            # what the model went on with after the prefix
     answers: list[str],   # all of a question's values
 ) -> float:
-    "The share of the values that were said: RULER's string match."
+    "The share of the values that stand in the generated answer: RULER's string match."
     return sum(a.lower() in said.lower() for a in answers) / len(answers)

@@ -49,7 +49,7 @@ class Copy:
         return restore_adapter(pre, post, out, selection, names=names)
 
     def look(self, moves: Sequence[Move], read: Callable) -> None:
-        "Raises CheckpointError for numbers that it cannot use; asked before anything is changed."
+        "Raises CheckpointError for numbers that it cannot use; called before anything is changed."
 
     def numbers(self, move: Move, read: Callable):
         "What to write, flat; `read(which, move)` gives the numbers of pre or post."

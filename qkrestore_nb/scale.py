@@ -256,7 +256,7 @@ def ask(
     cache=None,          # a static cache to use again, from an earlier haystack; it is emptied first
     step=None,           # `compiled_step` of the model, for use with such a cache
 ) -> list[str]:
-    "What the model says to each question of one haystack, which it reads once. Raises CheckpointError where its logits are not numbers."
+    "The generated answer to each question of one haystack, which is read once. Raises CheckpointError where its logits are not numbers."
     import torch
     from transformers import DynamicCache, StaticCache
     from qkrestore_nb.hypenet import prefill, text_ends
@@ -286,7 +286,7 @@ def recall(
     chunk: int = 16384,
     tell=lambda text: None,  # called with what comes next
 ) -> dict:
-    "kind -> tokens -> {correct, n, each}: values that were said, of how many, and the same for every haystack. ValueError for a tokenizer that cannot spell needles."
+    "kind -> tokens -> {correct, n, each}: values that stand in the generated answers, of how many, and the same for every haystack. ValueError for a tokenizer that cannot spell needles."
     from transformers import StaticCache
     fast = _static(model) and model.device.type == "cuda"
     cache = StaticCache(config=model.config, max_cache_len=max(T for sizes in plan.values() for T, _, _ in sizes) + 8) if fast else None

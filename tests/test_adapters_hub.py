@@ -318,6 +318,12 @@ def test_push(pair, tmp_path, monkeypatch):
     assert b"## QK-Restore" in done["files"]["README.md"]
     with pytest.raises(CheckpointError, match="no name on the hub"): hub.push_to_hub(out, "fixed")
 
+    (tmp_path / "id_rsa").write_text("secret")
+    (out / "vocab.txt").symlink_to(tmp_path / "id_rsa")
+    done.clear()
+    with pytest.raises(CheckpointError, match="leads out of the folder"): hub.push_to_hub(out, "me/fixed")
+    assert done.keys() <= {"token"}  # nothing was made or sent
+
 
 def merge(recipe: dict, checkpoints: dict) -> dict:
     "mergekit's linear method with filters, in a few lines: the first condition whose filter is part of the tensor's name decides."

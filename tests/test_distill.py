@@ -207,6 +207,7 @@ def test_rows_of_a_group_are_of_one_length():
     assert [len(g) for g in groups] == [1, 3, 3, 2] and d._groups([], 5) == []
 
 
+@pytest.mark.slow
 def test_the_whole_path(tmp_path):
     "Every stage of benchmarks/studies/real_model.py on a tiny teacher, stopped after the first minute's budget of nothing and gone on with; then from its hybrid."
     pytest.importorskip("reasoning_gym")

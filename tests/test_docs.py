@@ -65,6 +65,7 @@ def test_words_of_the_glossary():
     assert terms("## Needle\n`needle`, $needle$, [a needle](x): one Needle") == \
         "## Needle\n`needle`, $needle$, [a needle](x): one [Needle](g.ipynb \"A fact, 'hidden'.\")"
     assert terms("A haystack and needles, a needle") == "A haystack and needles, a needle"
+    assert "](" not in Terms(words, "g.ipynb")("a hidden hay")  # a hidden state is not the state of a linear layer
     assert Terms({}, "g.ipynb")("A needle") == "A needle"
 
 

@@ -78,6 +78,7 @@ def launch(folder: Path, kind: str, out: Path, dies: bool = False):
                           capture_output=True, text=True, timeout=240, env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(ft.__file__).parent.parent)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["copies", "sharded"])
 def test_two_processes_and_a_rank_that_dies(base, tmp_path, kind):
     "Two processes train what one does. One dies in the fourth step: the other stops, nothing stands under the final name, and the same command ends with the same weights."

@@ -305,6 +305,7 @@ def test_device_map_offloads(tmp_path):
     with torch.no_grad(): assert_close(again(ids).logits, model(ids).logits, atol=0, rtol=0)
 
 
+@pytest.mark.slow
 def test_tensor_parallel_on_two_processes(tmp_path):
     import socket, subprocess, sys
     model, ids = _tiny(), torch.arange(1, 31)[None]

@@ -362,6 +362,7 @@ def test_workflows_run_what_ci_runs():
             assert (ROOT / script).is_file(), f"{path.name} calls {script}"
     tests = (ROOT / ".github" / "workflows" / "tests.yml").read_text()
     assert "bash .ci/run" in tests and 'pip install ".[dev]" && pytest' in tests
+    assert 'pytest -m ""' in weekly and 'pytest -m "" tests/test_distill.py' in tests  # what is marked slow
 
 
 def test_chapters_begin_alike():

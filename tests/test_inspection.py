@@ -3,7 +3,8 @@ import json
 
 import pytest
 import torch
-from conftest import hypenet_config, write_checkpoint
+from conftest import NAME, hypenet_config, tensors, write_checkpoint
+from test_cli import call
 from test_families import CASES, model
 
 from qkrestore_nb.checkpoints import CheckpointError
@@ -42,6 +43,22 @@ def test_nothing_moved_and_nothing_there(tmp_path):
     assert [r["drift"] for r in compare(pre, post)["tensors"]] == [None] * 4  # no length to compare with
     same = compare(write_checkpoint(tmp_path / "a", 1), write_checkpoint(tmp_path / "b", 1))
     assert [r["drift"] for r in same["tensors"]] == [0] * 4 and all(max(r["angles"]) < 1e-5 for r in same["tensors"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", ["pre", "post"])
+def test_weights_that_are_no_numbers(tmp_path, capsys, value, which):
+    "One sentence with the tensor's name, and no figure; without a second checkpoint nothing is measured."
+    weights = tensors(2)
+    weights[NAME.format(2, "k")][0, 0] = value
+    broken, sound = write_checkpoint(tmp_path / "broken", 1, weights=weights), write_checkpoint(tmp_path / "sound", 3)
+    words = [sound, broken] if which == "pre" else [broken, sound]
+    for more in ([], ["--figure", tmp_path / "f.png"], ["--json"]):
+        assert call("inspect", *words, *more) == 2
+        out, err = capsys.readouterr()
+        assert err.startswith(f"Error: {NAME.format(2, 'k')} of {which} holds NaN or inf") and err.count("\n") == 1 and not out
+    assert not (tmp_path / "f.png").exists()
+    assert call("inspect", broken, "--figure", tmp_path / "f.png") == 0 and (tmp_path / "f.png").stat().st_size
 
 
 def test_bad_checkpoints(bad, tmp_path):

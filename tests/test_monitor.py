@@ -377,6 +377,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_sharded_by_fsdp2(tmp_path):
     "Two processes that hold half of each weight see what one process with whole weights sees."
     (tmp_path / "run.py").write_text(SHARDED)

@@ -101,6 +101,7 @@ def test_from_end_to_end(base, tmp_path):
     assert {(r["layer"], r["kind"]) for r in got["drift"]} == {(0, "linear"), (1, "softmax"), (2, "swa"), (3, "linear")} and got["verdict"] != "restore"
 
 
+@pytest.mark.slow
 def test_sharded_weights_have_their_code_too(base, tmp_path):
     "FSDP makes a class of its own of the model; what is saved is the model's."
     done = launch(base, "sharded", tmp_path / "post")

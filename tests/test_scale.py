@@ -156,6 +156,34 @@ def test_what_is_no_checkpoint(tmp_path, monkeypatch):
         with pytest.raises(CheckpointError, match="no/such-model is no checkpoint that transformers can read: no such repository$"): look("no/such-model")
 
 
+def _without(folder, pattern):
+    for path in folder.glob(pattern): path.unlink()
+
+
+def _evil(folder):
+    _without(folder, "*.safetensors")
+    torch.save(dict(x=torch.ones(1)), folder / "pytorch_model.bin")
+
+
+def _other_shape(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | dict(intermediate_size=64)))
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda f: _without(f, "*.safetensors"), "no model.safetensors"),
+    (_evil, "pickled weights"),
+    (lambda f: _without(f, "token*"), "cannot be loaded"),
+    (_other_shape, "cannot be loaded"),
+    (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "cannot be loaded"),
+])
+def test_what_cannot_be_loaded_is_one_sentence(folder, spoil, says, capsys):
+    "Weights that are not there, pickled, of another shape or broken; a tokenizer that is missing."
+    spoil(folder)
+    with pytest.raises(CheckpointError, match=says) as e: scale.load(folder)
+    assert "\n" not in str(e.value) and len(str(e.value).replace(str(folder), "/data/model")) <= 160
+
+
 @pytest.mark.parametrize("static", [True, False])
 def test_many_questions_after_one_reading(model, tokenizer, static):
     "The same words as with a reading for each, and as generate says; a cache that is used again keeps its tensors' addresses."
@@ -201,6 +229,7 @@ def test_recall_counts_values(model, tokenizer, monkeypatch):
 
 # ---- lm-eval
 
+@pytest.mark.slow
 def test_lm_eval_asks_our_model(model, tokenizer):
     "Two tasks, one with an essay, without a network, at a length that its list of metrics has and at one that it has not; a model that knows the answer is found out."
     pytest.importorskip("lm_eval")

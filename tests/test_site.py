@@ -232,23 +232,36 @@ def test_page_checks_can_fail(contexts, made, axe, name):
     assert any(BAD[name][1] in f for f in found), found
 
 
-def find(context, address: str, words: str) -> list[str]:
-    "The pages that the search finds, typed as a reader would."
+def find(context, address: str, words: str, box: bool = False) -> list[str]:
+    "The pages that the search finds while a reader types, on the search page or in the box that Ctrl+K opens."
     page = context.new_page()
-    page.goto(f"{address}/search.html")
-    field = page.locator("main input[type=search]:visible").first
-    field.fill(words)
-    field.press("Enter")
-    page.wait_for_function("/found|did not match/.test(document.querySelector('#search-results p.search-summary')?.textContent ?? '')")
-    page.wait_for_timeout(300)  # results are drawn one by one
-    found = [urlsplit(a).path[1:] for a in page.locator("#search-results li a").evaluate_all("links => links.map(a => a.href)")]
+    page.goto(f"{address}/index.html" if box else f"{address}/search.html")
+    if box: page.keyboard.press("Control+k")
+    field = page.locator("dialog[open] input[type=search]" if box else "main input[type=search]:visible").first
+    field.press_sequentially(words, delay=5)
+    said = "dialog[open] .search-found p[role=status]" if box else "main .search-found p[role=status]"
+    page.wait_for_function(f"""(words => /found|No page/.test(document.querySelector('{said}')?.textContent ?? ''))()""")
+    page.wait_for_timeout(400)  # the last letters' answer
+    found = [urlsplit(a).path[1:] or "index.html" for a in page.locator(f"{'dialog[open]' if box else 'main'} ol.found > li > a").evaluate_all("links => links.map(a => a.href)")]
     page.close()
     return found
 
 
-def test_search(contexts, site):
-    assert "08_restore.html" in find(contexts["wide"], site, "qk_restore")
-    assert find(contexts["wide"], site, "zzzznothing") == []
+SEARCHES = {  # what a reader types, and a page that has to stand among the first three
+    "qk_restore": "08_restore", "needle": "04_recall", "LoRA": "11c_adapters", "audit": "13b_audit", "RULER": "04a_prose", "undo": "11a_in_place", "gradient range": "07_gradient_range",
+    "delta rule": "02_linear_attention", "FSDP": "13a_finetune", "Procrustes": "09_procrustes", "lightning attention": "03_hybrid", "how do I restore": "11_checkpoints", "install": "index",
+    "quickstart": "index", "NIAH": "04_recall", "Qwen3-Next": "08a_families", "colab": "10_amnesia", "retrieval head": "07b_drift", "learning rate": "10b_switches", "mergekit": "11d_hub"}
+
+
+@pytest.mark.parametrize("words", SEARCHES)
+def test_search(contexts, site, words):
+    first = find(contexts["wide"], site, words)[:3]
+    assert f"{SEARCHES[words]}.html" in first, first
+
+
+def test_search_box_and_nothing_found(contexts, site):
+    assert "08_restore.html" in find(contexts["wide"], site, "qk_restore", box=True)[:3]
+    assert find(contexts["wide"], site, "\u0133\u0133\u0133") == []
 
 
 @pytest.fixture(scope="module")

@@ -68,11 +68,13 @@ def said(code, kernels) -> str:
     return done.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_kernels_agree_with_the_float64_recurrence(kernels):
     rows = json.loads(said(CODE, kernels))
     assert {r["case"] for r in rows} == {"", "state", "documents"}
     for r in rows: assert max(r["o"], r["state"], r["grad"]) < 1e-5, r
 
 
+@pytest.mark.slow
 def test_under_compilation_they_are_one_operator_with_its_own_backward(kernels):
     assert said(COMPILED, kernels) == "same"

@@ -75,6 +75,24 @@ def test_plain_words(path):
     else: assert not found, "\n".join(found)
 
 
+def claim(nb: dict) -> str:
+    "What a chapter claims, or nothing."
+    found = re.search(r"\*\*Claim\.\*\* (.+?)(?: \*\*You need|$)", "".join(nb["cells"][0]["source"]), flags=re.M)
+    return found[1] if found else ""
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_claims_are_short(path):
+    words = len(claim(json.loads(path.read_text())).split())
+    assert words <= 25, f"the claim of {path.stem} has {words} words: at most 25"
+    assert words or path.stem in {"index", "15_glossary"} or path.stem.startswith("log"), f"{path.stem} has no claim"
+
+
+def test_claims_are_read():
+    assert claim(cells("# T\n\n**Claim.** One two. **You need:** x", kind="markdown")) == "One two."
+    assert claim(cells("# T\n\n**Claim.** One.\n\nMore.", kind="markdown")) == "One."
+
+
 def cells(*sources, kind="code"):
     return {"cells": [{"cell_type": kind, "source": [s]} for s in sources]}
 
