@@ -167,6 +167,20 @@ def test_dare_as_its_paper_has_it():
     assert not made.equal(dare(pre, post, 0.25, seed=4)) and seed_of("a", 0) != seed_of("b", 0)
 
 
+@pytest.mark.parametrize("name", ["average 0.9", "LiNeS 0.5", "TIES 0.2", "DARE 0.5"])
+def test_transforms_are_the_variants(folder, post, name):
+    "The same arithmetic, tensor by tensor, as chapter 9a has in memory."
+    from qkrestore_nb.hypenet import HypeNetConfig
+    from qkrestore_nb.restore import restored
+    from qkrestore_nb.variants import averaged, dropped, ramped, trimmed, variant
+
+    pre, after = (load_file(x / "model.safetensors") for x in (folder, post))
+    config, (kind, x) = HypeNetConfig.from_pretrained(post), name.split()
+    make = {"average": averaged, "LiNeS": lambda a: ramped(a, 4), "TIES": trimmed, "DARE": dropped}[kind]
+    made, wanted = restored(pre, after, make(float(x)), everything, config=config), variant(name, pre, after, config)
+    assert all(torch.allclose(made[n], wanted[n], atol=1e-6) for n in after) and made.keys() == wanted.keys()
+
+
 # ---- questions
 
 
@@ -802,3 +816,10 @@ def test_everything_is_everything():
     moves = plan(pair() / "pre", pair() / "post", everything)
     assert {m.post for m in moves} == set(load_file(pair() / "post" / "model.safetensors"))
     assert isinstance(Copy().settings, dict) and everything.tensors and Selection(tensors=everything.tensors)
+
+
+def test_each_purpose_has_a_seed_of_its_own(stage, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(r, "questions", lambda tokenizer, lengths, n, seed: seeds.append(seed) or [list(range(100))])
+    stage(qk_repairs, seed=3)
+    assert seeds == [6, 7]
