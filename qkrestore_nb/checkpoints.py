@@ -420,7 +420,7 @@ def overwrite(
     return h.hexdigest()
 
 # %% ../nbs/11_checkpoints.ipynb #f672cedd
-def to_disk(path: Path):
+def to_disk(path: Path) -> None:
     "Ask the disk to really have it."
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)

@@ -657,7 +657,7 @@ def _sentence(e: BaseException) -> tuple[str, int]:
     if isinstance(e, Stopped): return said, 128 + e.number
     if isinstance(e, (CheckpointError, OSError)): return said, 2
     if isinstance(e, MemoryError): return "there is not enough memory for this", 2
-    return (f"{type(e).__name__}: {said}. This is a fault of qkrestore, not yours: please report it with the command, and with what --debug adds to it", 2)
+    return f"{type(e).__name__}: {said[:60]}. This is a fault of qkrestore: please report it, with the command and what --debug adds", 2
 
 
 def main(

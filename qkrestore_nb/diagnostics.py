@@ -7,10 +7,10 @@ __all__ = ['query_blocks', 'recorded', 'rows_of', 'groups_of_one_length', 'posit
 
 # %% ../nbs/07_gradient_range.ipynb #77b35bad
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import torch
@@ -342,7 +342,7 @@ def finite_gradient(do: torch.Tensor, layer: int) -> torch.Tensor:
     return do.to(torch.promote_types(do.dtype, torch.float32))
 
 
-def layer_filter(layers):
+def layer_filter(layers) -> Callable[[int, str], bool]:
     "takes(layer, kind): whether a layer was asked for. ValueError for a word that means nothing."
     if isinstance(layers, str) and layers not in ("softmax", "linear", "all"):
         raise ValueError(f"layers={layers!r}: choose softmax, linear, all, or layer numbers")
@@ -350,7 +350,7 @@ def layer_filter(layers):
     return lambda layer, kind: layer in set(layers)
 
 
-def explain_no_layers(model, layers):
+def explain_no_layers(model, layers) -> NoReturn:
     "Why no layer was seen."
     kinds = getattr(model.config, "layer_types", None)
     if layers == "linear":

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import logging
 import os
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -132,7 +133,7 @@ _TILES = {  # the few tiles that are tried, by kernel: middle-sized ones, not co
 
 
 @functools.cache
-def fla_kernels():
+def fla_kernels() -> ModuleType:
     "fla's simple_gla.chunk module with its autotuning narrowed. ImportError where fla is missing or too old."
     from importlib.metadata import PackageNotFoundError, version
     try: found = version("fla-core")

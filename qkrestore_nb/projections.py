@@ -67,7 +67,7 @@ def log_sums(q, k, mask=None) -> torch.Tensor:
     return out.masked_fill_(out == -math.inf, 0)
 
 
-def add_mask(e, mask, rows, columns):
+def add_mask(e, mask, rows, columns) -> None:
     "The model's own mask, (B, 1, T, T), onto logits (N, G, n, w) with N = B n_kv."
     mask, e = mask[:, :, rows, columns], e.unflatten(0, (len(mask), -1))
     if mask.dtype == torch.bool:

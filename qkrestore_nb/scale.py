@@ -12,11 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import takewhile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .checkpoints import CheckpointError, printable, read_config, weight_files
 from .core import pick_profile
 from .families import layer_kinds, text_config
 from .prose import prompt, prose_test, score
+
+if TYPE_CHECKING: from transformers import PreTrainedConfig, PreTrainedModel
 
 # %% ../nbs/13_hypenet_at_scale.ipynb #cb66add7
 def _unread(checkpoint, e: Exception, what: str) -> CheckpointError:
@@ -29,7 +32,7 @@ def _unread(checkpoint, e: Exception, what: str) -> CheckpointError:
     return CheckpointError(f"{checkpoint} {what}: {printable(said, 100)}")
 
 
-def config_of(checkpoint, trust_remote_code: bool = False):
+def config_of(checkpoint, trust_remote_code: bool = False) -> "PreTrainedConfig":
     "The config of a model, a folder, a hub id; a config is handed through."
     from transformers import AutoConfig, PreTrainedConfig
     from qkrestore_nb import hypenet  # registers the family
@@ -45,13 +48,13 @@ def opened(
     checkpoint,  # a folder or a hub id
     trust_remote_code: bool = False,
     **how,       # other arguments of from_pretrained
-):
+) -> Any:
     "What transformers makes of a checkpoint. Raises CheckpointError, with the first line of what it says, where it makes nothing."
     try: return kind.from_pretrained(checkpoint, trust_remote_code=trust_remote_code, **how)
     except Exception as e: raise _unread(checkpoint, e, "cannot be loaded") from e
 
 # %% ../nbs/13_hypenet_at_scale.ipynb #k3pt0002
-def built(config):
+def built(config) -> "PreTrainedModel":
     "The model of a config, without numbers in its weights. Raises CheckpointError where transformers cannot build it."
     import torch
     from transformers import AutoModelForCausalLM
