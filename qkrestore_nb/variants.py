@@ -91,8 +91,8 @@ def variant(
     if kind == "DARE": return {n: dare(a[n], b[n], x, seed_of(n, seed)) for n in b}
     if kind == "directions": return {**b, **{n: b[n] + _largest(a[n] - b[n], int(x)) for n in qk}}
     if kind in ("pro input", "pro head"): return qk_pro(a, b, lam=x, space=kind[4:], config=config)
-    raise ValueError(f"no variant is called {name!r}: choose a group ({', '.join([*restores, *groups])}), or one of 'pre', 'post', 'drift alone', 'random tensors', 'noise', "
-                     "'average 0.9', 'qk average 0.5', 'LiNeS 0.5', 'TIES 0.2', 'DARE 0.5', 'directions 4', 'head 1.0', 'pro input 0.1', 'pro head 0.1'")
+    raise ValueError(f"no variant is called {name!r}: choose a group ({', '.join([*restores, *groups])}), "
+                     "or a name of chapter 09a, such as 'average 0.9' or 'TIES 0.2'")
 
 # %% ../nbs/09a_variants.ipynb #t1es0001
 def ties(
