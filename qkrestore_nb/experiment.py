@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .checkpoints import CheckpointError, scratch, write_whole
 from .core import Profile, pick_profile, provenance
@@ -126,7 +126,7 @@ def bits(
     import numpy as np
     shape = cell["shape"] if count != "lookup" else cell["shape"][:-1]
     flat = np.unpackbits(np.frombuffer(bytes.fromhex(cell["lookup_bits" if count == "lookup" else "bits"]), np.uint8))
-    out = flat[:np.prod(shape)].reshape(shape).astype(bool)
+    out: np.ndarray = flat[:np.prod(shape)].reshape(shape).astype(bool)
     return np.asarray(out.all(-1)) if count == "exact" else out
 
 # %% ../nbs/10_amnesia.ipynb #1c0b9270
@@ -367,7 +367,7 @@ def _one(out: Path, kind: str, seed: int, sft_seed: int, machine: Profile, confi
     name = kind + (f"-sft{sft_seed}" if sft_seed else "")
     recipe, then = config["recipe"], time.perf_counter()
     path = out / f"{config['model']}-{kind}-seed{seed}{name.removeprefix(kind)}.json"
-    result = json.loads(path.read_text()) if path.exists() else dict(seed=seed, sft_seed=sft_seed, config=dict(**config, kind=kind), wall_s=0., scores={}, probes=[])
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else dict(seed=seed, sft_seed=sft_seed, config=dict(**config, kind=kind), wall_s=0., scores={}, probes=[])
     told, spent = {p["step"] for p in result["probes"]}, result["wall_s"]
 
     def keep():

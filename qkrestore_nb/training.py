@@ -159,7 +159,8 @@ def sft_batch(
 def in_essay(rng: np.random.Generator, source: Iterator, B: int, T: int, window: str) -> tuple[np.ndarray, np.ndarray]:
     "One problem a row, at a random place or at the end of an essay: ids and known (B, T)."
     if window not in ("random", "end"): raise ValueError(f"no window is called {window!r}: choose random or end")
-    ids, known = essay(rng, B, T), np.zeros((B, T), bool)
+    ids = essay(rng, B, T)
+    known: np.ndarray = np.zeros((B, T), bool)
     ids[:, 0] = token_id["BOS"]
     for b in range(B):
         problem, solution = (x[1:] for x in next(source))  # the row has its BOS already
@@ -218,7 +219,8 @@ def train(
     loss: Callable = weighted_loss,    # (model, ids, weights) -> what is made small
 ) -> list[dict]:
     "Train with AdamW and a cosine to 10%; returns the log: step, loss, tokens_per_s. Interrupted runs resume with the same batches."
-    device, groups = next(model.parameters()).device, {}
+    device = next(model.parameters()).device
+    groups: dict[tuple[bool, float], list] = {}
     for name, p in model.named_parameters():
         if not p.requires_grad: continue
         if (factor := rate(name)) == 0: p.requires_grad_(False)
