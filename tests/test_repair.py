@@ -282,6 +282,9 @@ def test_nothing_to_repair(pre, post, says):
     with pytest.raises(CheckpointError, match=says) as e:
         r.check_damage(a, b)
     assert len(str(e.value)) <= 160
+    few = r.Answers(bits(0.75, 8), bits(0.9, 8))
+    with pytest.raises(CheckpointError, match="75% before and 75% after"):
+        r.check_damage(few, few)  # with eight haystacks the interval alone says nothing
     r.check_damage(r.Answers(bits(1, 100), bits(0.1, 100)), r.Answers(bits(0.5, 100), bits(0.9, 100)))
 
 
