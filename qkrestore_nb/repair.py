@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['averages', 'Answers', 'share', 'deltas', 'gain', 'ranked', 'front', 'halving', 'first', 'part', 'Candidate',
-           'candidates', 'Probe', 'speaks_recall', 'questions', 'halves', 'needle_of', 'retrieval_heads', 'Bench',
-           'Tried', 'Repaired', 'verdict', 'check_damage', 'report', 'figure', 'save', 'repair']
+           'candidates', 'Probe', 'questions', 'halves', 'needle_of', 'retrieval_heads', 'Bench', 'Tried', 'Repaired',
+           'verdict', 'check_damage', 'report', 'figure', 'save', 'repair']
 
 # %% ../nbs/11e_repair.ipynb #r3p00002
 import json
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .audit import speaks_recall
 from .checkpoints import CheckpointError, check_out, local_folder, read_config, scratch, write_whole
 from .families import Selection, chosen_layers, text_config
 from .moves import Move, Side, open_both, open_side, plan_sides
@@ -249,15 +250,6 @@ def _in_prose(model, tokenizer, test: list, r: int, rounds: int) -> list:
     return found
 
 # %% ../nbs/11e_repair.ipynb #r3p00041
-def speaks_recall(
-    tokenizer,
-) -> bool:
-    "Whether it is that of chapter 4's small models."
-    from qkrestore_nb.recall import token_id
-
-    return token_id.items() <= tokenizer.get_vocab().items()
-
-
 def questions(
     tokenizer,  # of post
     lengths: Sequence[int],  # tokens

@@ -59,7 +59,7 @@ def test_the_format(base, tmp_path):
         "o_proj.weight": [1536, 3072], "A_log": [12], "dt_bias": [12], "o_norm.weight": [256],
         "dynamic_conv1d.kernel_generator.w1.weight": [192, 1536], "dynamic_conv1d.kernel_generator.w2.weight": [12288, 192], "dynamic_conv1d.kernel_generator.w2.bias": [12288]}
     n = scale.needs(config, 131072)
-    assert n["parameters"] == pytest.approx(1.9e9, rel=.01) and n["kv_gb"] == pytest.approx(4 * 2 * 128 * 2 * (131072 + 1152) / 1e9)
+    assert n["parameters"] == pytest.approx(1.9e9, rel=.01) and n["kv_gb"] == pytest.approx(4 * 2 * 128 * 2 * (131072 + 1151) / 1e9)  # its cache keeps a window less one
     names = {name.split(".self_attn.")[1] for name in load_file(base / "pre" / "model.safetensors") if ".0.self_attn." in name}
     assert names == {k.removeprefix("0.self_attn.") for k in shapes if k.startswith("0.self_attn.")}
 
