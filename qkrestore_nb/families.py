@@ -629,7 +629,7 @@ def _mla_parts(family: dict, selection: Selection) -> tuple[dict, str]:
         return family["parts"], letters
     if mla is None:
         raise CheckpointError(
-            "K and V share a latent here (MLA), so K cannot be put back alone: choose mla='q_only' (--mla q_only), or "
+            "K and V share a latent here (MLA), so K cannot be restored alone: choose mla='q_only' (--mla q_only), or "
             "'with_latent', which changes V as well"
         )
     parts = family["mla"][mla]
@@ -698,7 +698,7 @@ def _beside(rests: list[str], names) -> str | None:
             f"folder as post"
         )
     return (
-        f"holds projections that are quantized ({found}): they cannot be put back one by one, restore before "
+        f"holds projections that are quantized ({found}): they cannot be restored one by one, restore before "
         f"quantizing"
     )
 
@@ -895,7 +895,7 @@ def _layout(config: dict, move: dict, shape: list[int], heads) -> tuple[int, int
     )
     if shape[along] % n or heads is not None and shared:
         raise CheckpointError(
-            f"{move['name']} {list(shape)} is shared by all heads: it cannot be put back for some of them"
+            f"{move['name']} {list(shape)} is shared by all heads: it cannot be restored for some of them"
         )
     block = shape[along] // n
     keep = block // 2 if rule == "half" else inner.get(rule) if rule else block

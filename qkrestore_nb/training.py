@@ -140,7 +140,7 @@ def sft_batch(
     seed: int = 0,
     rows: int = 128,
     T: int = 128,          # tokens a row: the longest problem has 126
-    packed: bool = False,  # problems end to end, as many as fit, instead of one a row
+    packed: bool = False,  # as many problems as fit into a row, one behind another, instead of one a row
     window: str = "",      # "random", "end": one problem at a random place or at the end of T tokens of essay
     recall: float = 0.,    # share of the rows that are a short haystack with questions instead
     talk: bool = False,    # long answers without a thought instead of problems

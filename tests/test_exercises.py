@@ -6,9 +6,6 @@ from pathlib import Path
 import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "nbs").glob("*.ipynb"))
-# Debts: chapters whose exercises still have check and solution in one cell. The list only shrinks.
-DEBTS = {"06_training", "08a_families", "09a_variants", "10_amnesia", "10a_seeds", "11a_in_place", "11b_inspect",
-         "11c_adapters", "11d_hub", "13_hypenet_at_scale", "13a_finetune"}
 
 
 def wrong(cells: list[dict]) -> list[str]:
@@ -35,8 +32,7 @@ def wrong(cells: list[dict]) -> list[str]:
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem != "00_core"], ids=lambda p: p.stem)
 def test_exercises(path):
     found = wrong(json.loads(path.read_text())["cells"])
-    if path.stem in DEBTS: assert found, f"{path.stem} is tidy: take it off DEBTS"
-    else: assert not found, "\n".join(found)
+    assert not found, "\n".join(found)
 
 
 def exercise(stub="def f():\n    raise NotImplementedError", check="@exercise\ndef check_f(): assert f() == 1",
