@@ -266,6 +266,7 @@ MARGINS = [(7.7, 5, 500), (0, 1, 100), (16, 6, 1000), (8, 3, 500), (4.5, 2, 700)
 def margin_differences(page) -> list[str]:
     "Shares that the page shows and that are not those of the chapter's own function."
     import torch
+
     from qkrestore_nb.softmax_attention import log_scale
     chapter, found = {"math": math}, []
     exec("\n".join(cell("01_softmax_attention", "def predicted(")["source"]).split("e = attention_logits")[0], chapter)

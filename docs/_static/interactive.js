@@ -63,7 +63,7 @@ const FIGURES = {
     const share = (T, exponent) => 1 / (1 + (T - 1) * Math.exp(exponent));
     const scale = (T, a) => Math.log(T - 1 + a) / Math.log(a);
     const curves = [
-      { name: "equal", words: "equal distractors", style: { stroke: data.colors.linear }, has: (m) => m },
+      { name: "equal", words: "equal distractors", style: { stroke: "#777777" }, has: (m) => m },
       { name: "random", words: "random distractors", style: { stroke: "#444444", "stroke-dasharray": "6 4" }, has: (m) => m - 1 / 2 },
       { name: "scaled", words: "random distractors, log scale", style: { stroke: data.colors.softmax },
         has: (m, T, a) => scale(T, a) * m - scale(T, a) ** 2 / 2 }];
