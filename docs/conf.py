@@ -30,7 +30,8 @@ toc_object_entries = False
 smartquotes = False  # they would turn the -- of a command's options into a dash
 
 html_theme, html_title, html_favicon = "sphinx_book_theme", "qkrestore_nb", "_static/favicon.svg"
-html_static_path, html_css_files, html_js_files = ["_static"], ["site.css"], [("search.js", {"type": "module"})]
+html_static_path, html_css_files = ["_static"], ["site.css"]
+html_js_files = [(name, {"type": "module"}) for name in ("search.js", "interactive.js")]
 html_context = {"default_mode": "auto"}
 html_copy_source = html_show_sourcelink = False
 html_baseurl = addresses()["site"]  # search engines are told one address for each page

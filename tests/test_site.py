@@ -4,6 +4,8 @@
 
 Without Chromium or a built site the tests are skipped, or fail where SITE_TESTS=1 asks for them."""
 import importlib.util
+import json
+import math
 import os
 import shutil
 from contextlib import contextmanager
@@ -230,6 +232,152 @@ def test_axe_sees_what_only_a_phone_has(contexts, made, axe):
 def test_page_checks_can_fail(contexts, made, axe, name):
     found = visit(contexts["wide"], f"{made}/{name}.html".replace(" ", "-"), axe if name.startswith(("contrast", "form", "stays")) else None)
     assert any(BAD[name][1] in f for f in found), found
+
+
+def cell(name: str, words: str) -> dict:
+    "The first cell of a notebook that has these words."
+    cells = json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text())["cells"]
+    return next(c for c in cells if words in "".join(c["source"]))
+
+
+@contextmanager
+def moving(context, address: str, name: str, change=lambda js: js):
+    """A page with a figure that has sliders, and what went wrong there: scripts, requests to other hosts.
+
+    `change` spoils interactive.js, for a test that has to fail."""
+    page, found = context.new_page(), []
+    page.on("pageerror", lambda e: found.append(f"script: {e}"))
+    page.on("request", lambda r: r.url.startswith((address, "data:", "blob:")) or found.append(f"another host: {r.url}"))
+    source = (SITE / "_static" / "interactive.js").read_text()
+    page.route("**/interactive.js*", lambda r: r.fulfill(body=change(source), content_type="text/javascript"))
+    page.goto(f"{address}/{name}.html")
+    page.locator(".interactive input").first.scroll_into_view_if_needed()
+    page.locator(".interactive .said > *").wait_for()
+    yield page, found
+    page.close()
+
+
+def shown(page, name: str) -> float: return float(page.locator(f".interactive output[name={name}]").inner_text())
+
+
+MARGINS = [(7.7, 5, 500), (0, 1, 100), (16, 6, 1000), (8, 3, 500), (4.5, 2, 700)]  # m, log10 of T, a
+
+
+def margin_differences(page) -> list[str]:
+    "Shares that the page shows and that are not those of the chapter's own function."
+    import torch
+
+    from qkrestore_nb.softmax_attention import log_scale
+    chapter, found = {"math": math}, []
+    exec("\n".join(cell("01_softmax_attention", "def predicted(")["source"]).split("e = attention_logits")[0], chapter)
+    for m, power, a in MARGINS:
+        for i, value in enumerate((m, power, a)): page.locator(".interactive input").nth(i).fill(str(value))
+        T = 10 ** power
+        s = log_scale(torch.tensor(T - 1), a).item()
+        right = dict(needed=math.log(T - 1), equal=1 / (1 + (T - 1) * math.exp(-m)),
+                     random=chapter["predicted"](T, m), scaled=chapter["predicted"](T, m, s))
+        found += [f"{k} at {m}, {T}, {a}: {shown(page, k)}, not {v}" for k, v in right.items()
+                  if abs(shown(page, k) - v) > (.006 if k == "needed" else 1e-4)]
+    return found
+
+
+def test_interactive_margin(contexts, site):
+    for context in contexts.values():
+        with moving(context, site, "01_softmax_attention") as (page, found):
+            assert margin_differences(page) == [] == found
+            first = page.locator(".interactive input").first
+            assert first.evaluate("e => e.labels[0].textContent").startswith("margin m: ")
+            first.focus()
+            page.keyboard.press("End")  # by the keyboard, too
+            assert first.get_attribute("aria-valuetext") == "16.0"
+
+
+@pytest.mark.parametrize("right, wrong", [("m - 1 / 2", "m - 1"), ("Math.log(T - 1 + a)", "Math.log(T + a) * 1.01"),
+                                          ("(T - 1) * Math.exp", "T * Math.exp")])
+def test_interactive_margin_can_fail(contexts, site, right, wrong):
+    with moving(contexts["wide"], site, "01_softmax_attention", lambda js: js.replace(right, wrong)) as (page, _):
+        assert margin_differences(page)
+
+
+def test_interactive_memory(contexts, site):
+    "The number of pairs is the one that a cell of the chapter printed."
+    printed = "".join(cell("02_linear_attention", "def remembered(")["outputs"][0]["text"]).strip().split("\n")
+    table = [[float(x) for x in line.split()[3:]] for line in printed[1:]]
+    with moving(contexts["phone"], site, "02_linear_attention") as (page, found):
+        size, life = page.locator(".interactive input").all()
+        for i, row in enumerate(table):
+            size.fill(str(i))
+            for j, n in enumerate(row):
+                life.fill(str(j))
+                assert shown(page, "remembered") == n
+        assert (i, j) == (3, 7) and found == []
+
+
+def test_interactive_repairs(contexts, site):
+    "What is said of a point, by mouse and keyboard, is what the results say."
+    from qkrestore_nb.study import accuracy, difference, load, needles
+    runs = load(ROOT / "results" / "experiment")
+    def words(v, name, length=16384, count="exact"):
+        chains = accuracy(runs, v, [("chains", 8)], "exact").mean()
+        cost = difference(runs, v, "post", [("chains", 8)], "exact")
+        recall = accuracy(runs, v, needles(length), count).mean()
+        return f"{name}: recall {recall:.1f}%, chains {chains:.1f}%, chains against SFT {cost}"
+    with moving(contexts["wide"], site, "10a_seeds") as (page, found):
+        length, count, start = page.locator(".interactive input").all()
+        said = page.locator(".interactive [role=status]")
+        dots = page.locator(".interactive circle[tabindex]")
+        assert said.inner_text().startswith(f"{len(runs[0]['scores'])} variants at this length, {dots.count()} of them")
+        start.focus()
+        page.keyboard.press("Tab")  # the first point, at the left
+        assert said.inner_text() == words("post", "SFT")
+        def hover(name):
+            box = page.locator(f".interactive circle[aria-label^='{name}: ']").bounding_box()
+            page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+            return said.inner_text()
+        assert hover("QK-Pro by head, λ = 1") == words("pro head 1", "QK-Pro by head, λ = 1")
+        assert hover("LiNeS 0.8") == words("LiNeS 0.8", "LiNeS 0.8") != words("LiNeS 0.5", "LiNeS 0.8")
+        start.fill("0")
+        assert dots.count() == len(runs[0]["scores"]) and hover("pre-SFT") == words("pre", "pre-SFT")
+        length.fill("4"), count.fill("1")
+        assert dots.count() == 5 and hover("Q,K") == words("qk", "Q,K", 65536, "lookup")
+        assert found == []
+
+
+SMALL = """() => [...document.querySelectorAll('.interactive svg text')].filter((e) => {
+  const box = e.getBoundingClientRect(), all = e.ownerSVGElement.getBoundingClientRect()
+  return parseFloat(getComputedStyle(e).fontSize) * all.width / e.ownerSVGElement.clientWidth < 10
+    || box.left < all.left - 1 || box.right > all.right + 1 || box.top < all.top - 1 || box.bottom > all.bottom + 1
+}).map((e) => e.textContent)"""
+INTERACTIVE = ("01_softmax_attention", "02_linear_attention", "10a_seeds")
+
+
+@pytest.mark.parametrize("name", INTERACTIVE)
+def test_interactive_letters(contexts, site, name):
+    "At least 10 pixels on a phone, and none is cut; and the check can fail."
+    for context in contexts.values():
+        for change in (lambda js: js, lambda js: js.replace("LETTER = 12", "LETTER = 9")):
+            with moving(context, site, name, change) as (page, _):
+                for slider in page.locator(".interactive input").all():
+                    for end in ("Home", "End"):
+                        slider.press(end)
+                        assert bool(page.evaluate(SMALL)) == ("LETTER = 9" in change("LETTER = 12")), page.evaluate(SMALL)
+
+
+SENTENCE = ".interactive p:has-text('On the course')"
+
+
+@pytest.mark.parametrize("name", INTERACTIVE)
+def test_interactive_without_javascript(browser, contexts, site, name):
+    "The figure above the sliders is there, and a sentence says what is missing."
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(f"{site}/{name}.html")
+    figures = page.locator("figure:has(figcaption) img, .interactive")
+    kinds = figures.evaluate_all("all => all.map(e => e.className)")
+    figure = figures.nth(kinds.index("interactive") - 1)
+    assert figure.is_visible() and figure.bounding_box()["width"] > 300 and page.locator(SENTENCE).is_visible()
+    context.close()
+    with moving(contexts["wide"], site, name) as (page, _): assert page.locator(SENTENCE).count() == 0
 
 
 def find(context, address: str, words: str, box: bool = False) -> list[str]:
