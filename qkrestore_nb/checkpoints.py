@@ -5,7 +5,7 @@ __all__ = ['bits', 'JOURNAL', 'NOTE', 'pickled', 'MARK', 'UserError', 'Checkpoin
            'printable', 'strange_folder', 'read_config', 'check_link', 'journal_head', 'half_written', 'weight_files',
            'read_index', 'is_hub_id', 'local_folder', 'hub_name', 'watch', 'spans_of', 'pieces', 'sha256', 'open_own',
            'write_all', 'overwrite', 'to_disk', 'clone', 'copy_file', 'write_whole', 'locked', 'Leftover', 'sweep',
-           'scratch', 'new_folder', 'leftovers', 'check_out']
+           'scratch', 'arrive', 'new_folder', 'leftovers', 'check_out']
 
 # %% ../nbs/11_checkpoints.ipynb #2a6569b1
 import errno
@@ -628,6 +628,20 @@ class _Writer:
         if self.errors: raise self.errors[0]
 
 
+def arrive(
+    folder: Path,  # finished, in the same file system
+    out: Path,     # its name from now on
+    said: str = "nothing was written there",  # behind the colon of the error
+) -> None:
+    "Give a finished folder its name. Raises CheckpointError where something has taken the name meanwhile."
+    taken = CheckpointError(f"{out} has appeared while the copy was made: {said}")
+    if os.path.lexists(out): raise taken
+    try: folder.rename(out)
+    except OSError as e:  # it appeared since the line above
+        if e.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR): raise taken from e
+        raise
+
+
 @contextmanager
 def new_folder(
     post: str | Path,                                 # the folder to start from: a hub snapshot of links becomes regular files
@@ -652,8 +666,7 @@ def new_folder(
         yield part
         for path in sorted(part.rglob("*")): to_disk(path)
         to_disk(part)
-        if os.path.lexists(out): raise CheckpointError(f"{out} has appeared while the copy was made: nothing was written there")
-        part.rename(out)
+        arrive(part, out)
         to_disk(out.parent)
 
 # %% ../nbs/11_checkpoints.ipynb #0b11a017

@@ -21,7 +21,7 @@ from functools import cache
 from itertools import count, islice
 from pathlib import Path
 
-from .checkpoints import CheckpointError, locked, read_json, to_disk, weight_files, write_whole
+from .checkpoints import CheckpointError, arrive, locked, read_json, to_disk, weight_files, write_whole
 from .core import pick_profile, provenance
 
 # %% ../nbs/13a_finetune.ipynb #443e7a2f
@@ -476,8 +476,7 @@ def _finish(accelerator, model, config, dtype, tokenizer, run, out, rank, recipe
         tokenizer.save_pretrained(part)
         (part / "finetune.json").write_text(json.dumps(dict(**provenance(**recipe), processes=accelerator.num_processes, peak_gpu_gb=peak, log=log), indent=1))
         for path in (*part.rglob("*"), part): to_disk(path)
-        if os.path.lexists(out): raise CheckpointError(f"{out} has appeared meanwhile: move it away, and the same command goes on")
-        part.rename(out)
+        arrive(part, out, "move it away, and the same command goes on")
         shutil.rmtree(run)
     accelerator.wait_for_everyone()
     return out

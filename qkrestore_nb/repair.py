@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .audit import speaks_recall
-from .checkpoints import CheckpointError, check_out, local_folder, read_config, scratch, write_whole
+from .checkpoints import CheckpointError, arrive, check_out, local_folder, read_config, scratch, write_whole
 from .families import Selection, chosen_layers, text_config
 from .moves import Move, Side, open_both, open_side, plan_sides
 from .restore import Copy, Mix, apply, restored
@@ -626,9 +626,7 @@ def _write_winner(search: _Search, c: Candidate, out: Path, on_progress) -> tupl
         search.held[c.name] = search.report.ask(model)
         outcome, why = verdict(search.held, c.name, search.keep)
         if outcome != "nothing":
-            if os.path.lexists(out):
-                raise CheckpointError(f"{out} has appeared in the meantime: nothing was written there")
-            made.rename(out)
+            arrive(made, out)
     return outcome, why
 
 # %% ../nbs/11e_repair.ipynb #r3p00079

@@ -152,6 +152,19 @@ def test_two_processes_for_one_output(tmp_path):
     assert snapshot(tmp_path) == before
 
 
+def test_a_name_taken_at_the_last_moment(tmp_path, monkeypatch):
+    "Between the look and the rename something may still come: told in the same sentence, and what is finished stays where it is."
+    from qkrestore_nb.checkpoints import arrive
+    (tmp_path / "made").mkdir(), (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "theirs").write_text("x"), (tmp_path / "made" / "ours").write_text("y"), (tmp_path / "file").write_text("z")
+    monkeypatch.setattr(os.path, "lexists", lambda path: False)
+    for name in ("out", "file"):
+        with pytest.raises(CheckpointError, match="has appeared while the copy was made: nothing"): arrive(tmp_path / "made", tmp_path / name)
+    assert (tmp_path / "out" / "theirs").read_text() == "x" and (tmp_path / "made" / "ours").read_text() == "y" and (tmp_path / "file").read_text() == "z"
+    arrive(tmp_path / "made", tmp_path / "free")
+    assert (tmp_path / "free" / "ours").read_text() == "y"
+
+
 # ---- kill -9
 
 KILLS = int(os.environ.get("QKRESTORE_KILLS", 12))  # 50 for the long run
