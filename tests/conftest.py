@@ -11,6 +11,14 @@ import pytest
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # torch's threads of one worker would take the other's core
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
+
+@pytest.hookimpl(tryfirst=True)  # before the workers read the groups
+def pytest_collection_modifyitems(items):
+    "A file stays with one worker, whose fixtures its tests share; each notebook goes to the worker that is free."
+    for item in items:
+        if item.path.name != "test_notebooks.py": item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
 KINDS = ["lightning-attn", "attn", "attn", "lightning-attn"]
 NAME = "model.layers.{}.self_attn.{}_proj.weight"
 

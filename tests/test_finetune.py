@@ -44,9 +44,9 @@ def same(a: Path, b: Path):
 # ---- several processes. accelerate shards on GPUs only, so for "sharded" the test tells it that this CPU is one
 
 SCRIPT = """
-import os, sys, types
+import json, os, sys, types
 from qkrestore_nb import finetune as ft
-kind, pre, data, out, dies = sys.argv[1:]
+kind, pre, data, out, dies, more = sys.argv[1:]
 if kind == "sharded":
     import accelerate.state
     from accelerate.utils import DistributedType
@@ -66,15 +66,15 @@ if dies == "1" and os.environ["RANK"] == "1":
         if len(calls) == 8: os._exit(9)  # in the fourth step
         return ask(*args)
     ft.summed_loss = summed_loss
-ft.finetune(pre, data, out, steps=6, T=128, rows=4, lr=3e-3, every=2, trust_remote_code=True)
+ft.finetune(pre, data, out, steps=6, T=128, rows=4, lr=3e-3, every=2, trust_remote_code=True, **json.loads(more))
 """
 
 
-def launch(folder: Path, kind: str, out: Path, dies: bool = False):
+def launch(folder: Path, kind: str, out: Path, dies: bool = False, **more):
     import os
     script = out.parent / "run.py"
     script.write_text(SCRIPT)
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script), kind, str(folder / "pre"), str(folder / "sums.jsonl"), str(out), str(int(dies))],
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script), kind, str(folder / "pre"), str(folder / "sums.jsonl"), str(out), str(int(dies)), json.dumps(more)],
                           capture_output=True, text=True, timeout=240, env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(ft.__file__).parent.parent)))
 
 
@@ -89,6 +89,16 @@ def test_two_processes_and_a_rank_that_dies(base, tmp_path, kind):
     assert done.returncode == 0, done.stderr[-3000:]
     same(base / "post", tmp_path / "post")
     assert not (tmp_path / "post.run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [dict(qk_lr=0.), dict(qk_lr=.1, pull=100.)], ids=["held", "slow and pulled"])
+def test_remedies_on_sharded_weights(base, tmp_path, more):
+    "Q, K held or slowed and a pull back do on two processes with sharded weights what they do on one."
+    alone = ft.finetune(base / "pre", base / "sums.jsonl", tmp_path / "alone", **SETTINGS, **more)
+    done = launch(base, "sharded", tmp_path / "post", **more)
+    assert done.returncode == 0, done.stderr[-3000:]
+    same(alone, tmp_path / "post")
 
 
 def test_rows_read_together_train_as_rows_read_alone(base, tmp_path, monkeypatch):
