@@ -5,7 +5,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from html import unescape
+from html import escape, unescape
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
@@ -50,7 +50,7 @@ def columns(m: re.Match) -> str:
     return f'{m[1]}<pre tabindex="0" style="--columns: {longest}">{m[2]}</pre>'
 
 
-def lighten(site: Path) -> None:
+def lighten(site: Path, titles: dict[str, str]) -> None:
     "Pages appear sooner and do not jump, and what is too wide for a window can be read all the same."
     # the icons come from fonts, too, which have a tenth of the size
     for path in (*site.rglob("*.map"), site / "_static" / "scripts" / "fontawesome.js"): path.unlink()
@@ -67,6 +67,9 @@ def lighten(site: Path) -> None:
         if path.stem.split("_")[0] not in UNSEARCHED or path.stem.startswith("api_"):
             weight = ' data-pagefind-weight="0.2"' * path.stem.startswith("api_")  # chapters first
             text = text.replace('<article class="bd-article"', f'<article class="bd-article" data-pagefind-body{weight}')
+            if path.stem in titles:  # the words of the sidebar's title count as much as those of the page's own
+                said = f'<p hidden data-pagefind-weight="10">{escape(titles[path.stem])}</p>'
+                text = text.replace("</h1>", f"</h1>{said}", 1)
         text = re.sub(rf'<script (?=src="(?:_static/)?(?:{LATER})\.js)', "<script defer ", text)
         text = text.replace("</strong> -- ", "</strong>: ")  # a dash only where Sphinx may set all dashes
         text = re.sub(rf"({PRINTED})<pre>(.*?)</pre>", columns, text, flags=re.S)
@@ -82,7 +85,7 @@ def index(site: Path) -> int:
 
 
 def main() -> int:
-    from prepare import prepare
+    from prepare import chapter, prepare
     mathjax()
     prepare()
     site = DOCS / "site"
@@ -92,7 +95,7 @@ def main() -> int:
         done = subprocess.run([sys.executable, "-m", "sphinx", *options, DOCS / "pages", site])
     shutil.rmtree(DOCS / "jupyter_execute", ignore_errors=True)  # myst-nb's copies of the figures, already in the site
     if done.returncode: return done.returncode
-    lighten(site)
+    lighten(site, {p.stem: chapter(p).get("title", "") for p in (DOCS.parent / "nbs").glob("*.ipynb")})
     if failed := index(site): return failed
     print(f"{len(list(site.glob('*.html')))} pages: open {site / 'index.html'}")
     return 0

@@ -380,36 +380,40 @@ def test_interactive_without_javascript(browser, contexts, site, name):
     with moving(contexts["wide"], site, name) as (page, _): assert page.locator(SENTENCE).count() == 0
 
 
-def find(context, address: str, words: str, box: bool = False) -> list[str]:
-    "The pages that the search finds while a reader types, on the search page or in the box that Ctrl+K opens."
-    page = context.new_page()
+def find(context, address: str, *asked: str, box: bool = False) -> dict[str, list[str]]:
+    "Words -> the pages that the search finds while a reader types them, on the search page or in the box that Ctrl+K opens."
+    page, found = context.new_page(), {}
     page.goto(f"{address}/index.html" if box else f"{address}/search.html")
     if box: page.keyboard.press("Control+k")
-    field = page.locator("dialog[open] input[type=search]" if box else "main input[type=search]:visible").first
-    field.press_sequentially(words, delay=5)
-    said = "dialog[open] .search-found p[role=status]" if box else "main .search-found p[role=status]"
-    page.wait_for_function(f"""(words => /found|No page/.test(document.querySelector('{said}')?.textContent ?? ''))()""")
-    page.wait_for_timeout(400)  # the last letters' answer
-    found = [urlsplit(a).path[1:] or "index.html" for a in page.locator(f"{'dialog[open]' if box else 'main'} ol.found > li > a").evaluate_all("links => links.map(a => a.href)")]
+    part = "dialog[open]" if box else "main"
+    field = page.locator(f"{part} input[type=search]:visible").first
+    for words in asked:
+        field.fill(""), field.press_sequentially(words, delay=5)
+        page.wait_for_function(f"/found|No page/.test(document.querySelector('{part} .search-found p[role=status]')?.textContent ?? '')")
+        page.wait_for_timeout(300)  # the last letters' answer
+        links = page.locator(f"{part} ol.found > li > a").evaluate_all("links => links.map(a => a.href)")
+        found[words] = [urlsplit(a).path[1:] or "index.html" for a in links]
     page.close()
     return found
 
 
 SEARCHES = {  # what a reader types, and a page that has to stand among the first three
     "qk_restore": "08_restore", "needle": "04_recall", "LoRA": "11c_adapters", "audit": "13b_audit", "RULER": "04a_prose", "undo": "11a_in_place", "gradient range": "07_gradient_range",
-    "delta rule": "02_linear_attention", "FSDP": "13a_finetune", "Procrustes": "09_procrustes", "lightning attention": "03_hybrid", "how do I restore": "11_checkpoints", "install": "index",
+    "delta rule": "02_linear_attention", "FSDP": "13a_finetune", "Procrustes": "09_procrustes", "lightning attention": "03_hybrid", "how do I restore": "17_your_checkpoint", "install": "index",
     "quickstart": "index", "NIAH": "04_recall", "Qwen3-Next": "08a_families", "colab": "10_amnesia", "retrieval head": "07b_drift", "learning rate": "10b_switches", "mergekit": "11d_hub"}
 
 
+@pytest.fixture(scope="module")
+def searched(contexts, site): return find(contexts["wide"], site, *SEARCHES)
+
+
 @pytest.mark.parametrize("words", SEARCHES)
-def test_search(contexts, site, words):
-    first = find(contexts["wide"], site, words)[:3]
-    assert f"{SEARCHES[words]}.html" in first, first
+def test_search(searched, words): assert f"{SEARCHES[words]}.html" in searched[words][:3], searched[words][:5]
 
 
 def test_search_box_and_nothing_found(contexts, site):
-    assert "08_restore.html" in find(contexts["wide"], site, "qk_restore", box=True)[:3]
-    assert find(contexts["wide"], site, "\u0133\u0133\u0133") == []
+    assert "08_restore.html" in find(contexts["wide"], site, "qk_restore", box=True)["qk_restore"][:3]
+    assert list(find(contexts["wide"], site, "\u0133\u0133\u0133").values()) == [[]]
 
 
 @pytest.fixture(scope="module")

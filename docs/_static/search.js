@@ -6,6 +6,9 @@ const loaded = () => index ??= import(new URL("pagefind/pagefind.js", root)).the
   return pagefind;
 });
 
+// every page has to have every word that is looked up: words of a question that say nothing are left out
+const asked = (words) => words.replace(/\b(how|what|why|when|which|where|do|does|did|can|is|are|i|you|my|your|a|an|the|to|of|in|it)\b/gi, " ").trim() || words;
+
 function link(url, title) {
   const a = document.createElement("a");
   a.href = url;
@@ -50,7 +53,7 @@ for (const form of document.querySelectorAll("form.bd-search")) {
     let pagefind;
     try { pagefind = await loaded(); }
     catch { return said.textContent = "The search needs a server: python -m http.server in the site's folder."; }
-    const search = await pagefind.debouncedSearch(words, {}, 120);
+    const search = await pagefind.debouncedSearch(asked(words), {}, 120);
     if (!search) return;  // more was typed meanwhile
     const pages = await Promise.all(search.results.slice(0, 12).map((result) => result.data()));
     if (words !== field.value.trim()) return;
