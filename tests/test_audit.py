@@ -1,5 +1,6 @@
 "The audit: its interval, its rule, what it asks, the page, and that nothing is left behind."
 import json
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -43,7 +44,6 @@ def test_answers():
 def post(folder, tmp_path):
     "A post beside the fixture's pre: a little more of every weight."
     from safetensors.torch import load_file, save_file
-    import shutil
     shutil.copytree(folder, tmp_path / "post")
     save_file({k: 1.01 * t for k, t in load_file(folder / "model.safetensors").items()}, tmp_path / "post" / "model.safetensors", metadata=dict(format="pt"))
     return tmp_path / "post"
@@ -52,11 +52,13 @@ def post(folder, tmp_path):
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     "The shipped pair, briefly, with tasks that no model of it can read as numbers."
-    tasks = tmp_path_factory.mktemp("audit") / "tasks.jsonl"
+    folder = tmp_path_factory.mktemp("audit")
+    for name in ("pre", "post"): shutil.copytree(pair() / name, folder / name)  # a copy of its own: nothing else looks at it meanwhile
+    tasks = folder / "tasks.jsonl"
     tasks.write_text("".join(json.dumps(dict(prompt="QM", answer=x)) + "\n" for x in ("d1", "d2")))
-    before = snapshot(pair())
-    found = a.audit(pair() / "pre", pair() / "post", (512,), 4, tasks, room=4, device="cpu")
-    assert snapshot(pair()) == before  # neither folder is touched, and the restored one is gone
+    before = snapshot(folder)
+    found = a.audit(folder / "pre", folder / "post", (512,), 4, tasks, room=4, device="cpu")
+    assert snapshot(folder) == before  # neither folder is touched, and the restored one is gone
     return found
 
 
