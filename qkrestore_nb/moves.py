@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['Move', 'Side', 'as_dict', 'open_side', 'kind_of', 'open_both', 'moves_of', 'plan_sides', 'plan', 'located', 'decode',
-           'encode', 'Mixer', 'warning_of']
+           'encode', 'handed_out', 'Mixer', 'warning_of']
 
 # %% ../nbs/08b_moves.ipynb #336c058e
 import re
@@ -406,6 +406,21 @@ def encode(
             return x.astype({"F32": "<f4", "F16": "<f2"}[dtype]).tobytes()
         u = x.view("<u4")
         return np.where(np.isnan(x), 0x7FC0, (u + (0x7FFF + ((u >> 16) & 1))) >> 16).astype("<u2").tobytes()
+
+
+def handed_out(
+    numbers,  # flat, as `encode` takes them: a tensor that was computed whole
+    dtype: str,  # of the file
+) -> Callable[[bytes, bytes], bytes]:
+    "(bytes of pre, bytes of post) -> bytes to write: piece by piece, as post's are read."
+    data, at = encode(numbers, dtype), 0
+
+    def cut(new: bytes, old: bytes) -> bytes:
+        nonlocal at
+        at += len(old)
+        return data[at - len(old) : at]
+
+    return cut
 
 # %% ../nbs/08b_moves.ipynb #936710e8
 class Mixer:

@@ -13,7 +13,7 @@ import torch
 
 from .checkpoints import CheckpointError
 from .families import QK, Selection, known_family, layer_kinds, text_config
-from .moves import Move, encode
+from .moves import Move, handed_out
 from .restore import Copy, Model, restored
 from .softmax_attention import attention_logits, rms_norm, rope_angles, rotate
 
@@ -353,14 +353,7 @@ class Solve(Copy):
     def chunks(self, move, read):
         if move not in self.keys:
             return super().chunks(move, read)
-        data, at = encode(self.numbers(move, read).numpy(), move.dtype), 0
-
-        def cut(new: bytes, old: bytes) -> bytes:
-            nonlocal at
-            at += len(old)
-            return data[at - len(old) : at]
-
-        return cut
+        return handed_out(self.numbers(move, read).numpy(), move.dtype)
 
     def said(self, move, mix):
         return dict(solved=True) if move in self.keys else {}

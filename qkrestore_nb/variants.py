@@ -13,7 +13,7 @@ import torch
 
 from .checkpoints import CheckpointError
 from .families import Selection, planned_tensors
-from .moves import Move, encode
+from .moves import Move, handed_out
 from .procrustes import qk_pro
 from .restore import Copy, Mix, qk_restore
 
@@ -171,14 +171,7 @@ class Merge(Ramp):
         return self.merged(move.post, *(torch.as_tensor(read(which, move)).float() for which in ("pre", "post")))
 
     def chunks(self, move, read):
-        data, at = encode(self.numbers(move, read).numpy(), move.dtype), 0
-
-        def cut(new: bytes, old: bytes) -> bytes:
-            nonlocal at
-            at += len(old)
-            return data[at - len(old) : at]
-
-        return cut
+        return handed_out(self.numbers(move, read).numpy(), move.dtype)
 
     def said(self, move, mix): return dict(solved=True)
 
