@@ -1,8 +1,8 @@
 """Chapter 10's experiment over seeds, on every GPU: `python benchmarks/studies/experiment.py RUNS OUT --seeds 41-50`.
 
-In a first round a seed is a process: pre-training, the recipe's own fine-tuning, its variants. In a second one the other kinds are
-shared out, --chunks processes a seed. Several models: `--models hypenet7m silu7m`; the first one's other kinds are made. `--check`
-evaluates as the prototype did, one question a haystack. With --minutes what still runs is stopped; the same command goes on from
+A seed is a process: pre-training, the recipe's own fine-tuning, its variants; then the other kinds are shared out, --chunks processes
+a seed. Several models: `--models hypenet7m silu7m`; the first one's other kinds are made. With --ladder models are fine-tuned at the
+lowest rate that solves their chains instead of the recipe's. `--check` evaluates as the prototype did, one question a haystack. With --minutes what still runs is stopped; the same command goes on from
 there. --begin FOLDER takes models before fine-tuning that --bring and results.tar.gz gave (pre-seedN.safetensors beside MODEL-near-seedN.json)
 instead of training them again. OUT gets results.tar.gz (the json files and logs), with --ship the checkpoints of the median run and its name, and with
 --bring N the models before fine-tuning of the first N seeds."""
@@ -53,6 +53,7 @@ ask.add_argument("--again", type=int, default=0, help="so many of the seeds are 
 ask.add_argument("--profile", default="gpu")
 ask.add_argument("--per-gpu", type=int, default=4)
 ask.add_argument("--minutes", type=float, default=600.)
+ask.add_argument("--ladder", action="store_true", help="instead of near: rising rates until 98%% of 8-step chains are solved, as `switches.lowest_rate` does")
 ask.add_argument("--check", action="store_true")
 ask.add_argument("--ship", action="store_true")
 ask.add_argument("--bring", type=int, default=0)
@@ -60,7 +61,7 @@ ask.add_argument("--begin", type=Path)
 args = ask.parse_args()
 
 seeds, started = seed_numbers(args.seeds), time.monotonic()
-kinds = [kind for kind in sfts if kind not in ("near", "packed", "borders")] if args.kinds == ["switches"] else args.kinds
+kinds = [kind for kind in sfts if kind not in ("near", "packed", "borders")] if args.kinds == ["switches"] else [] if args.ladder else args.kinds
 args.runs.mkdir(exist_ok=True), args.out.mkdir(exist_ok=True)
 
 
@@ -90,16 +91,23 @@ def job(model: str, seed: int, calls: list[tuple]) -> list[str]:
     return [sys.executable, "-c", (CHECK if args.check else "") + "from qkrestore_nb.experiment import run\n" + "".join(code)]
 
 
-rounds: list[dict] = [{}, {}]
+jobs: dict[str, list[str]] = {}
+after: dict[str, str] = {}
 for model in args.models:
     for i, seed in enumerate(seeds):
+        if args.ladder:
+            call = f"lowest_rate({args.profile!r}, {str(folder(model, seed))!r}, {seed}, {model!r})\n"
+            jobs[folder(model, seed).name] = [sys.executable, "-c", "from qkrestore_nb.switches import lowest_rate\n" + call]
+            continue
         calls: list[tuple] = [(("near",), decisive, 0)]
         if i < args.again: calls.append((("near",), decisive, 1))
         if args.all: calls.append((("near",), decisive + alternatives, 0))
-        rounds[0][folder(model, seed).name] = job(model, seed, calls)
+        jobs[folder(model, seed).name] = job(model, seed, calls)
 for seed in seeds:
     for chunk in range(args.chunks):
-        if some := tuple(kinds[chunk::args.chunks]): rounds[1][f"{args.models[0]}-seed{seed}-{chunk}"] = job(args.models[0], seed, [(some, decisive, 0)])
+        if not (some := tuple(kinds[chunk::args.chunks])): continue
+        name = folder(args.models[0], seed).name
+        jobs[f"{name}-{chunk}"], after[f"{name}-{chunk}"] = job(args.models[0], seed, [(some, decisive, 0)]), name
 if args.begin:
     import torch
     from safetensors.torch import load_file
@@ -107,8 +115,7 @@ if args.begin:
     from qkrestore_nb.experiment import save
     from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM
     for seed in seeds: begin(args.models[0], seed)
-for jobs in rounds:
-    print(run_jobs(jobs, args.runs / "logs", args.per_gpu, args.minutes - (time.monotonic() - started) / 60), flush=True)
+print(run_jobs(jobs, args.runs / "logs", args.per_gpu, args.minutes - (time.monotonic() - started) / 60, after), flush=True)
 with tarfile.open(args.out / "results.tar.gz", "w:gz") as tar:
     for path in sorted([*args.runs.glob("*/*-seed*.json"), *args.runs.glob("logs/*.log")]): tar.add(path, path.name)
 if args.ship:
