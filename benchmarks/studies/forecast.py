@@ -1,14 +1,10 @@
 """What can be said of a data set before training on it: `python benchmarks/studies/forecast.py OUT.json --pre 51=PRE ... --trials 51`.
 
-For every kind of fine-tuning data and every model before SFT the candidates that the log announced, from one batch of the data:
-its loss; the share of the softmax layers' Q,K and V,O gradients from pairs more than 32 tokens apart; the mean distance of the
-gradient on attention logits; the gradient of the first linear layer over that of the softmax layers; the first-order change of the
-recall loss by a sign step along the data's gradient, in all weights and in two groups of them. For the models named in --trials
+For every kind of fine-tuning data and every model before SFT the candidates of chapter 7d, from one batch of the data. For the models named in --trials
 also a trial: 30 steps at the recipe's rate, and the recall lost by them. OUT is written after every kind; what it holds is not
 measured again."""
 import argparse
 import json
-import math
 import time
 from functools import partial
 from pathlib import Path
@@ -16,11 +12,10 @@ from pathlib import Path
 import torch
 
 from qkrestore_nb.core import provenance
-from qkrestore_nb.diagnostics import gradient_range, recall_batch
-from qkrestore_nb.drift import group_of, softmax_layers
+from qkrestore_nb.diagnostics import recall_batch
 from qkrestore_nb.experiment import cell, model_fields, recipes, sfts
+from qkrestore_nb.forecast import features, gradients
 from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM
-from qkrestore_nb.projections import projection_gradients
 from qkrestore_nb.recall import recall_test, score
 from qkrestore_nb.training import document_positions, sft_batch, train, weighted_loss
 
@@ -35,24 +30,6 @@ def sample(kind: str, seed: int, step: int = 0, tokens: int = 16384) -> dict:
     ids, weights = sft_batch(step, seed, **data | dict(rows=tokens // data.get("T", 128)))
     more = dict(position_ids=document_positions(ids)) if sfts[kind].borders else {}
     return {k: x.to(DEVICE) for k, x in dict(input_ids=ids, weights=weights, **more).items()}
-
-
-def gradients(model, batch: dict) -> dict[str, torch.Tensor]:
-    loss = weighted_loss(model, batch["input_ids"], batch["weights"], borders="position_ids" in batch)
-    named = {n: p for n, p in model.named_parameters()}
-    return dict(zip(named, torch.autograd.grad(loss, list(named.values()))))
-
-
-def features(model, batch: dict, recall_gradient: dict[str, torch.Tensor], softmax: set[int]) -> dict[str, float]:
-    g = gradients(model, batch)
-    size = lambda chosen: math.sqrt(sum(float(x.pow(2).sum()) for n, x in g.items() if chosen(n)))
-    mixer = lambda n, layers: any(f"layers.{i}." in n for i in layers) and "mlp" not in n and "norm" not in n
-    step = lambda groups: sum(float((recall_gradient[n] * -x.sign()).sum()) for n, x in g.items() if groups is None or group_of(n, softmax) in groups)
-    parts, by_distance = projection_gradients(model, batch), gradient_range(model, batch)
-    far = parts.share(FAR)
-    return dict(loss=parts.loss, far_qk=float(far[:, :2].mean()), far_vo=float(far[:, 2:].mean()), distance=by_distance.summary(samples=2)["mean"][0],
-                first_linear=size(lambda n: mixer(n, [0])) / size(lambda n: mixer(n, softmax)), step_all=step(None),
-                step_qk=step(("softmax Q", "softmax K")), step_vo=step(("softmax V", "softmax O")))
 
 
 def trial(pre: Path, kind: str, seed: int, steps: int) -> dict:
@@ -93,14 +70,14 @@ def main():
         if all(k in found["features"] for k in args.kinds) and (seed not in args.trials or all(k in found["trials"] for k in args.kinds)): continue
         model = HypeNetForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
         assert model.config.mixer_types == HypeNetConfig(**model_fields).mixer_types
-        softmax, model = softmax_layers(model), model.eval()
+        model = model.eval()
         tests = [recall_batch(recall_test(*how, seed)) for how in (("S3", 8, 1024, 1), ("MF", 8, 1024, 16))]
         needles = dict(input_ids=torch.cat([ids for ids, _ in tests]), weights=torch.cat([w for _, w in tests]).float())
         needles = {k: x.to(DEVICE) for k, x in needles.items()}
         recall_gradient = gradients(model, needles)
         for kind in args.kinds:
             if kind in found["features"]: continue
-            found["features"][kind] = features(model, sample(kind, seed), recall_gradient, softmax)
+            found["features"][kind] = features(model, sample(kind, seed), recall_gradient, FAR)
             print(seed, kind, {k: f"{v:.4g}" for k, v in found["features"][kind].items()}, f"{time.perf_counter() - began:.0f} s", flush=True)
             keep()
         if seed not in args.trials: continue
