@@ -142,7 +142,7 @@ def test_next_is_what_follows():
     prose = lambda path: "\n\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown")
     pages = {p.stem: prose(p) for p in paths if p.stem != "index"}
     sidebar = contents(list(pages))
-    needed = {page for part in ("Ideas", "Why", "Real models") for _, page in sidebar[part]}
+    needed = {page for part in ("Ideas", "Evidence", "Why", "Real models") for _, page in sidebar[part]}
     order = [page for part in sidebar.values() for _, page in part]
     assert wrong_next(pages, order, needed) == []
     assert wrong_next({"a": "Next: [c](c.ipynb)", "b": "text"}, ["a", "b", "c"], {"b"}) == \
@@ -153,9 +153,11 @@ def test_sidebar(tmp_path):
     "Parts in the order of design, each notebook once, titles that fit on a line."
     stems = [p.stem for p in (ROOT / "nbs").glob("*.ipynb") if p.stem != "index"]
     sidebar = contents(stems)
-    assert list(sidebar) == ["Ideas", "Why", "Real models", "Use it", "Reference", "Log"]
+    assert list(sidebar) == ["Ideas", "Evidence", "Why", "Real models", "Use it", "Reference", "Log"]
     assert sorted(page for part in sidebar.values() for _, page in part) == sorted([*stems, "api", "log"])
     assert all(len(title) <= 30 for part in sidebar.values() for title, _ in part)
+    ideas = parts()["Ideas"].values()
+    assert len(ideas) <= 8 and sum(said["read"] for said in ideas) <= 240, "an afternoon"
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "chapters.toml").write_text("[Ideas]\ngone = { title = 'x', read = 1 }")
     assert list(parts(tmp_path)) == ["Ideas"]

@@ -399,7 +399,7 @@ def find(context, address: str, *asked: str, box: bool = False) -> dict[str, lis
 
 SEARCHES = {  # what a reader types, and a page that has to stand among the first three
     "qk_restore": "08_restore", "needle": "04_recall", "LoRA": "11c_adapters", "audit": "13b_audit", "RULER": "04a_prose", "undo": "11a_in_place", "gradient range": "07_gradient_range",
-    "delta rule": "02_linear_attention", "FSDP": "13a_finetune", "Procrustes": "09_procrustes", "lightning attention": "03_hybrid", "how do I restore": "17_your_checkpoint", "install": "index",
+    "delta rule": "02_linear_attention", "FSDP": "13a_finetune", "Procrustes": "09_procrustes", "lightning attention": "03a_hypenet", "how do I restore": "17_your_checkpoint", "install": "index",
     "quickstart": "index", "NIAH": "04_recall", "Qwen3-Next": "08a_families", "colab": "10_amnesia", "retrieval head": "07b_drift", "learning rate": "10b_switches", "mergekit": "11d_hub"}
 
 
