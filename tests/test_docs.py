@@ -5,6 +5,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from build import PRINTED, columns
+from figures import letters, pieces, readable, shown, size
 from prepare import (
     BADGE,
     Terms,
@@ -162,3 +163,43 @@ def test_sidebar(tmp_path):
     (tmp_path / "docs" / "chapters.toml").write_text("[Ideas]\ngone = { title = 'x', read = 1 }")
     assert list(parts(tmp_path)) == ["Ideas"]
     with pytest.raises(ValueError, match="names gone, and no notebook is called so"): contents(stems, tmp_path)
+
+
+def drawn(*shape, sharey=False, title=False, bar=False, small=10) -> str:
+    "The svg of a figure with panels."
+    import io
+
+    import matplotlib
+    matplotlib.use("agg")
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(8, 3), layout="constrained")
+    axes = fig.subplots(*shape, sharey=sharey, squeeze=False)
+    for ax in axes.flat: ax.plot([0, 1]), ax.set_ylabel("" if sharey else "y"), ax.text(.2, .2, "a", fontsize=small)
+    if bar: fig.colorbar(axes.flat[-1].imshow([[1, 2], [3, 4]]), ax=list(axes.flat))
+    if title: fig.suptitle("All")
+    fig.savefig(out := io.StringIO(), format="svg")
+    return out.getvalue()
+
+
+def test_panels_below_one_another():
+    "Each panel is a piece with its own words; a shared scale is repeated; the widths add up."
+    svg = drawn(1, 3)
+    width, height = size(svg)
+    found = pieces(svg)
+    assert len(found) == 3 and [p[4] for p in found] == [0, 0, 0] and sum(p[2] for p in found) == pytest.approx(width)
+    assert [p[4] > 10 for p in pieces(drawn(1, 2, sharey=True))] == [False, True]
+    assert len(pieces(drawn(1, 2, bar=True))) == 2 and len(pieces(drawn(2, 2))) == 2  # the columns of both rows
+    img = '<img alt="Two panels, &lt; and more" src="_images/a.svg"/>'
+    made = shown(img, svg)
+    assert made.startswith('<img alt="Two panels, &lt; and more" src="_images/a.svg" width=') and 'class="side"' in made
+    assert made.count("<image ") == 3 and 'aria-label="Two panels, &lt; and more"' in made
+
+
+def test_what_is_not_stacked():
+    "One panel, panels that stand below one another already, and a title of all."
+    for svg in (drawn(1, 1), drawn(3, 1), drawn(1, 2, title=True)):
+        made = shown('<img alt="x" src="a.svg">', svg)
+        assert "stacked" not in made and "class" not in made and made.count("<img") == 1
+    small = drawn(1, 2, small=7)
+    assert letters(small) == pytest.approx(7) and readable(576, small) == pytest.approx(576 / .7)
+    assert "side never" in shown('<img alt="x" src="a.svg">', small)  # too small side by side in any window

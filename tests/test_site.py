@@ -363,6 +363,35 @@ def test_interactive_letters(contexts, site, name):
                         assert bool(page.evaluate(SMALL)) == ("LETTER = 9" in change("LETTER = 12")), page.evaluate(SMALL)
 
 
+LETTERS = """() => [...document.querySelectorAll('.cell_output img[style], .cell_output svg.stacked')].flatMap((e) => {
+  const width = e.getBoundingClientRect().width, need = parseFloat(e.style.getPropertyValue('--readable'))
+  return width && width < need - 1 ? [`${width} of ${need}: ${e.alt ?? e.ariaLabel}`] : []
+})"""
+FIGURES = [p.stem for p in SITE.glob("*.html") if "--readable" in p.read_text()]
+
+
+def small_letters(context, address: str, spoil: str = "") -> list[str]:
+    "Figures whose smallest letters are shown with less than 10 pixels, and panels side by side on a phone."
+    page = context.new_page()
+    page.goto(address)
+    if spoil: page.add_style_tag(content=spoil)
+    found = page.evaluate(LETTERS)
+    if page.viewport_size["width"] < 600:
+        found += page.locator("img.side").evaluate_all("all => all.filter(e => e.checkVisibility()).map(e => e.alt)")
+    page.close()
+    return found
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_letters_in_figures(contexts, site, name):
+    for context in contexts.values(): assert small_letters(context, f"{site}/{name}.html") == []
+
+
+@pytest.mark.parametrize("spoil", ["img, svg { width: 200px !important }", "img.side { display: inline !important }"])
+def test_letters_in_figures_can_fail(contexts, site, spoil):
+    assert small_letters(contexts["phone"], f"{site}/10a_seeds.html", spoil)
+
+
 SENTENCE = ".interactive p:has-text('On the course')"
 
 
