@@ -8,7 +8,7 @@ from html import escape, unescape
 
 SCALE = 25      # points: axes that are narrower or lower are the scale of colours of those beside them
 SMALLEST = 10   # pixels: no letter is shown smaller
-WIDEST = 820    # pixels of the column of text in a wide window
+WIDEST = 832    # pixels of the column of text in a wide window
 
 
 @dataclass

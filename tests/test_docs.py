@@ -200,6 +200,6 @@ def test_what_is_not_stacked():
     for svg in (drawn(1, 1), drawn(3, 1), drawn(1, 2, title=True)):
         made = shown('<img alt="x" src="a.svg">', svg)
         assert "stacked" not in made and "class" not in made and made.count("<img") == 1
-    small = drawn(1, 2, small=7)
-    assert letters(small) == pytest.approx(7) and readable(576, small) == pytest.approx(576 / .7)
+    small = drawn(1, 2, small=6)
+    assert letters(small) == pytest.approx(6) and readable(576, small) == pytest.approx(960)
     assert "side never" in shown('<img alt="x" src="a.svg">', small)  # too small side by side in any window

@@ -401,7 +401,7 @@ def test_interactive_without_javascript(browser, contexts, site, name):
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto(f"{site}/{name}.html")
-    figures = page.locator("figure:has(figcaption) img, .interactive")
+    figures = page.locator("figure:has(figcaption), .interactive")
     kinds = figures.evaluate_all("all => all.map(e => e.className)")
     figure = figures.nth(kinds.index("interactive") - 1)
     assert figure.is_visible() and figure.bounding_box()["width"] > 300 and page.locator(SENTENCE).is_visible()
