@@ -43,10 +43,12 @@ def axes(svg: str) -> list[Axes]:
         numbers = [float(x) for x in re.findall(r"[\d.]+", corners[1])] if corners else [0, 0]
         y_axis = re.split(r'^   <g id="matplotlib\.axis_\d+">', group, flags=re.M)[2:]
         words = [part for part in y_axis if '<g id="text_' in re.split(r"^   </g>", part, flags=re.M)[0]]
-        starts = re.findall(r'<g id="text_\d+">.*?translate\(([\d.]+) ', group, flags=re.S)
+        words_at = re.findall(r'<g id="text_\d+">.*?translate\(([\d.]+) [\d.]+\)( rotate\(-90\))? scale\(([\d.]+)',
+                              group, flags=re.S)
+        starts = [float(x) - 90 * float(scale) * bool(turned) for x, turned, scale in words_at]  # the baseline is at x
         left = min(numbers[::2])
         found.append(Axes(left, max(numbers[::2]), min(numbers[1::2]), max(numbers[1::2]),
-                          min([left, *map(float, starts)]), bool(words)))
+                          min([left, *starts]), bool(words)))
     return found
 
 
@@ -76,7 +78,7 @@ def pieces(svg: str) -> list[tuple[float, float, float, float, float]]:
         rows = [(groups([(a.left, a.right, a) for a in line]), *cut) for line, cut in zip(lines, zip(cuts, cuts[1:]))]
     found = []
     for columns, top, bottom in rows:
-        starts = [0., *(min(a.start for a in c) - 5 for c in columns[1:]), width]
+        starts = [0., *(min(a.start for a in c) - 3 for c in columns[1:]), width]
         scale = min((a.left for a in columns[0]), default=0) - 4
         for c, left, right in zip(columns, starts, starts[1:]):
             shared = c is not columns[0] and columns[0][0].labelled and not any(a.labelled for a in c)

@@ -5,7 +5,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from build import PRINTED, columns
-from figures import letters, pieces, readable, shown, size
+from figures import axes, letters, pieces, readable, shown, size
 from prepare import (
     BADGE,
     Terms,
@@ -173,9 +173,9 @@ def drawn(*shape, sharey=False, title=False, bar=False, small=10) -> str:
     matplotlib.use("agg")
     from matplotlib.figure import Figure
     fig = Figure(figsize=(8, 3), layout="constrained")
-    axes = fig.subplots(*shape, sharey=sharey, squeeze=False)
-    for ax in axes.flat: ax.plot([0, 1]), ax.set_ylabel("" if sharey else "y"), ax.text(.2, .2, "a", fontsize=small)
-    if bar: fig.colorbar(axes.flat[-1].imshow([[1, 2], [3, 4]]), ax=list(axes.flat))
+    panels = fig.subplots(*shape, sharey=sharey, squeeze=False)
+    for ax in panels.flat: ax.plot([0, 1]), ax.set_ylabel("" if sharey else "y"), ax.text(.2, .2, "a", fontsize=small)
+    if bar: fig.colorbar(panels.flat[-1].imshow([[1, 2], [3, 4]]), ax=list(panels.flat))
     if title: fig.suptitle("All")
     fig.savefig(out := io.StringIO(), format="svg")
     return out.getvalue()
@@ -187,6 +187,10 @@ def test_panels_below_one_another():
     width, height = size(svg)
     found = pieces(svg)
     assert len(found) == 3 and [p[4] for p in found] == [0, 0, 0] and sum(p[2] for p in found) == pytest.approx(width)
+    second = axes(svg)[1]  # a label that is turned stands left of its place: no piece may cut it
+    assert found[1][0] < second.start < second.left - 20
+    label = max(float(x) for x in re.findall(r"translate\(([\d.]+) [\d.]+\) rotate", svg) if float(x) < second.left)
+    assert found[1][0] <= label - 10
     assert [p[4] > 10 for p in pieces(drawn(1, 2, sharey=True))] == [False, True]
     assert len(pieces(drawn(1, 2, bar=True))) == 2 and len(pieces(drawn(2, 2))) == 2  # the columns of both rows
     img = '<img alt="Two panels, &lt; and more" src="_images/a.svg"/>'
