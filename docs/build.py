@@ -8,6 +8,8 @@ import tempfile
 from html import escape, unescape
 from pathlib import Path
 
+from figures import shown
+
 DOCS = Path(__file__).resolve().parent
 
 
@@ -55,11 +57,8 @@ def lighten(site: Path, titles: dict[str, str]) -> None:
     # the icons come from fonts, too, which have a tenth of the size
     for path in (*site.rglob("*.map"), site / "_static" / "scripts" / "fontawesome.js"): path.unlink()
     def sized(m):
-        if " width=" in m[0]: return m[0]
-        points = re.search(rb'<svg [^>]*?width="([\d.]+)pt" height="([\d.]+)pt"', (site / m[1]).read_bytes())
-        if not points: return m[0]
-        width, height = (round(float(x) * 4 / 3) for x in points.groups())
-        return f'{m[0]} width="{width}" height="{height}"'
+        svg = (site / m[1]).read_text()
+        return shown(m[0], svg) if svg.count("pt\" height=\"") else m[0]
     for path in site.glob("*.html"):
         text = re.sub(r"\s*<script [^>]*fontawesome\.js[^>]*></script>", "", path.read_text())
         text = re.sub(SPHINX_SEARCH, "", text)
@@ -74,7 +73,7 @@ def lighten(site: Path, titles: dict[str, str]) -> None:
         text = text.replace("</strong> -- ", "</strong>: ")  # a dash only where Sphinx may set all dashes
         text = re.sub(rf"({PRINTED})<pre>(.*?)</pre>", columns, text, flags=re.S)
         text = re.sub(r'(<div class="cell_output docutils container")(?=>\s*<(?:img|figure))', rf"\1 {REACHED}", text)
-        path.write_text(re.sub(r'<img [^>]*src="(_images/[^"]+\.svg)"[^>/]*', sized, text))
+        path.write_text(re.sub(r'<img [^>]*src="(_images/[^"]+\.svg)"[^>]*>', sized, text))
 
 
 def index(site: Path) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from build import PRINTED, columns
+from figures import axes, letters, pieces, readable, shown, size
 from prepare import (
     BADGE,
     Terms,
@@ -142,7 +143,7 @@ def test_next_is_what_follows():
     prose = lambda path: "\n\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown")
     pages = {p.stem: prose(p) for p in paths if p.stem != "index"}
     sidebar = contents(list(pages))
-    needed = {page for part in ("Ideas", "Why", "Real models") for _, page in sidebar[part]}
+    needed = {page for part in ("Ideas", "Evidence", "Why", "Real models") for _, page in sidebar[part]}
     order = [page for part in sidebar.values() for _, page in part]
     assert wrong_next(pages, order, needed) == []
     assert wrong_next({"a": "Next: [c](c.ipynb)", "b": "text"}, ["a", "b", "c"], {"b"}) == \
@@ -153,10 +154,56 @@ def test_sidebar(tmp_path):
     "Parts in the order of design, each notebook once, titles that fit on a line."
     stems = [p.stem for p in (ROOT / "nbs").glob("*.ipynb") if p.stem != "index"]
     sidebar = contents(stems)
-    assert list(sidebar) == ["Ideas", "Why", "Real models", "Use it", "Reference", "Log"]
+    assert list(sidebar) == ["Ideas", "Evidence", "Why", "Real models", "Use it", "Reference", "Log"]
     assert sorted(page for part in sidebar.values() for _, page in part) == sorted([*stems, "api", "log"])
     assert all(len(title) <= 30 for part in sidebar.values() for title, _ in part)
+    ideas = parts()["Ideas"].values()
+    assert len(ideas) <= 8 and sum(said["read"] for said in ideas) <= 240, "an afternoon"
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "chapters.toml").write_text("[Ideas]\ngone = { title = 'x', read = 1 }")
     assert list(parts(tmp_path)) == ["Ideas"]
     with pytest.raises(ValueError, match="names gone, and no notebook is called so"): contents(stems, tmp_path)
+
+
+def drawn(*shape, sharey=False, title=False, bar=False, small=10) -> str:
+    "The svg of a figure with panels."
+    import io
+
+    import matplotlib
+    matplotlib.use("agg")
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(8, 3), layout="constrained")
+    panels = fig.subplots(*shape, sharey=sharey, squeeze=False)
+    for ax in panels.flat: ax.plot([0, 1]), ax.set_ylabel("" if sharey else "y"), ax.text(.2, .2, "a", fontsize=small)
+    if bar: fig.colorbar(panels.flat[-1].imshow([[1, 2], [3, 4]]), ax=list(panels.flat))
+    if title: fig.suptitle("All")
+    fig.savefig(out := io.StringIO(), format="svg")
+    return out.getvalue()
+
+
+def test_panels_below_one_another():
+    "Each panel is a piece with its own words; a shared scale is repeated; the widths add up."
+    svg = drawn(1, 3)
+    width, height = size(svg)
+    found = pieces(svg)
+    assert len(found) == 3 and [p[4] for p in found] == [0, 0, 0] and sum(p[2] for p in found) == pytest.approx(width)
+    second = axes(svg)[1]  # a label that is turned stands left of its place: no piece may cut it
+    assert found[1][0] < second.start < second.left - 20
+    label = max(float(x) for x in re.findall(r"translate\(([\d.]+) [\d.]+\) rotate", svg) if float(x) < second.left)
+    assert found[1][0] <= label - 10
+    assert [p[4] > 10 for p in pieces(drawn(1, 2, sharey=True))] == [False, True]
+    assert len(pieces(drawn(1, 2, bar=True))) == 2 and len(pieces(drawn(2, 2))) == 2  # the columns of both rows
+    img = '<img alt="Two panels, &lt; and more" src="_images/a.svg"/>'
+    made = shown(img, svg)
+    assert made.startswith('<img alt="Two panels, &lt; and more" src="_images/a.svg" width=') and 'class="side"' in made
+    assert made.count("<image ") == 3 and 'aria-label="Two panels, &lt; and more"' in made
+
+
+def test_what_is_not_stacked():
+    "One panel, panels that stand below one another already, and a title of all."
+    for svg in (drawn(1, 1), drawn(3, 1), drawn(1, 2, title=True)):
+        made = shown('<img alt="x" src="a.svg">', svg)
+        assert "stacked" not in made and "class" not in made and made.count("<img") == 1
+    small = drawn(1, 2, small=6)
+    assert letters(small) == pytest.approx(6) and readable(576, small) == pytest.approx(960)
+    assert "side never" in shown('<img alt="x" src="a.svg">', small)  # too small side by side in any window
