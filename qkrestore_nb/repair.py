@@ -22,8 +22,8 @@ import numpy as np
 from .audit import speaks_recall
 from .checkpoints import CheckpointError, arrive, check_out, local_folder, read_config, scratch, write_whole
 from .families import Selection, chosen_layers, text_config
-from .moves import Move, Side, open_both, open_side, plan_sides
-from .restore import Copy, Mix, apply, restored
+from .moves import Move, open_both, open_side, plan_sides
+from .restore import Copy, Mix, apply, memory_reader, restored
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -214,15 +214,15 @@ class Probe:
     tokenizer: Any
     max_new_tokens: int  # of the answer to a task
 
-    def ask(self, model, r: int = 0, rounds: int = 1) -> Answers:
-        "The answers to one round's questions."
+    def ask(self, model, r: int = 0, rounds: int = 1, tokenizer=None) -> Answers:
+        "The answers to one round's questions; `tokenizer` where the model does not know all words of the other."
         from qkrestore_nb.audit import solve
 
-        found = Answers()
+        found, reads = Answers(), tokenizer or self.tokenizer
         for test in self.tests:
-            found.recall += (_in_words if isinstance(test, dict) else _in_prose)(model, self.tokenizer, test, r, rounds)
+            found.recall += (_in_words if isinstance(test, dict) else _in_prose)(model, reads, test, r, rounds)
         tasks = self.tasks[part(len(self.tasks), r, rounds)]
-        found.tasks = solve(model, self.tokenizer, tasks, self.max_new_tokens)
+        found.tasks = solve(model, reads, tasks, self.max_new_tokens)
         return found
 
 
@@ -359,7 +359,8 @@ class Bench:
 
     def idle(self, candidate: Candidate) -> bool:
         "Whether nothing that it moves has changed in fine-tuning."
-        return all(self.pre.tensors[m.pre].cpu().equal(self.kept[m.post]) for m in self.moves(candidate))
+        read = memory_reader(self.pre.tensors, self.kept)
+        return all(read("pre", m).cpu().equal(read("post", m)) for m in self.moves(candidate))
 
     @contextmanager
     def wear(self, candidate: Candidate) -> Iterator[Any]:
@@ -462,13 +463,6 @@ def _check_positions(config: dict, lengths: Sequence[int]) -> None:
     if most and max(lengths) > most and not endless:
         raise CheckpointError(f"{max(lengths):,} tokens are more than the {most:,} positions of the model: ask less")
 
-
-def _check_shapes(pre: Side, post: Side) -> None:
-    for name in post.clean:
-        a, b = (s.about(s.clean[name])[0] if name in s.clean else None for s in (pre, post))
-        if a is not None and a != b:
-            raise CheckpointError(f"{name} is {a} in pre, {b} in post: repair needs equal shapes; restore may do")
-
 # %% ../nbs/11e_repair.ipynb #r3p00073
 def check_damage(
     pre: Answers,
@@ -499,7 +493,6 @@ class _Search:
         _check_positions(config, lengths)
         self.sides = {whole: open_both(pre, post, Selection(tensors="." if whole else None)) for whole in (False, True)}
         self.qk = plan_sides(*self.sides[False], Selection(layers, mla=mla), cast, allow)
-        _check_shapes(*self.sides[True])
         self.lengths, self.haystacks, self.room = lengths, haystacks, room
         self.halves = halves(tasks, seed)
         self.rounds = min(4, 1 + int(np.log2(min(haystacks, len(self.halves[1])))))
@@ -514,10 +507,10 @@ class _Search:
             for i, half in enumerate(self.halves)
         )
 
-    def ask_whole(self, name: str, model) -> None:
+    def ask_whole(self, name: str, model, tokenizer=None) -> None:
         "All questions, of pre or post."
-        self.answers[name] = [self.choose.ask(model, r, self.rounds) for r in range(self.rounds)]
-        self.held[name] = self.report.ask(model)
+        self.answers[name] = [self.choose.ask(model, r, self.rounds, tokenizer) for r in range(self.rounds)]
+        self.held[name] = self.report.ask(model, tokenizer=tokenizer)
 
     def total(self, name: str) -> Answers:
         return sum(self.answers[name], Answers())
@@ -528,16 +521,17 @@ def _load_pre(search: _Search) -> dict:
     from transformers import AutoTokenizer
 
     trust = search.load.keywords["trust_remote_code"]
-    model, _ = search.load(search.folders[0])
+    model, own = search.load(search.folders[0])
     try:
         tokenizer = AutoTokenizer.from_pretrained(search.folders[1], trust_remote_code=trust)
     except (OSError, ValueError) as e:
         raise CheckpointError(f"POST has no tokenizer that can be read: {' '.join(str(e).split())[:80]}") from e
     search.write_questions(tokenizer)
-    search.ask_whole("pre", model)
+    reads = tokenizer if len(tokenizer) <= model.get_input_embeddings().num_embeddings else own  # SFT added tokens
+    search.ask_whole("pre", model, reads)
     try:
         numbers = chosen_layers(search.sides[False][1].config, search.layers)
-        search.heads = retrieval_heads(model, tokenizer, min(search.lengths), numbers, search.seed)
+        search.heads = retrieval_heads(model, reads, min(search.lengths), numbers, search.seed)
     except (ValueError, NotImplementedError, RuntimeError) as e:  # of models whose attention cannot be watched
         search.left_out["single heads"] = " ".join(str(e).split())
     return {name: t.detach().cpu() for name, t in model.state_dict().items()}
