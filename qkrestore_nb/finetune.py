@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import cache
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 
 from .checkpoints import CheckpointError, arrive, locked, read_json, to_disk, weight_files, write_whole
@@ -98,12 +98,12 @@ def recall_chats(
     """Conversations without end that ask for a needle in prose (chapter 04a): rows of recall to mix into other data. Raises CheckpointError
     for rows too short for a haystack, or a tokenizer that cannot spell."""
     from qkrestore_nb.prose import prose_test
-    for i in count():
-        kind = ("single_2", "multikey_1")[i % 2]
-        try: hay, = prose_test(kind, tokenizer, T, 1, seed=seed + i, room=80)
+    for more in count():  # sixteen of each kind at once: how many words fill T tokens is tried once for all of them
+        try: batches = [prose_test(kind, tokenizer, T, 16, seed=seed + more, room=80) for kind in ("single_2", "multikey_1")]
         except ValueError as e: raise CheckpointError(f"no rows of recall: {e}") from e
-        asked, = hay["questions"]
-        yield [dict(role="user", content=hay["context"] + asked["question"]), dict(role="assistant", content=f"{asked['prefix']} {', '.join(asked['answers'])}.")]
+        for hay in chain(*zip(*batches)):
+            asked, = hay["questions"]
+            yield [dict(role="user", content=hay["context"] + asked["question"]), dict(role="assistant", content=f"{asked['prefix']} {', '.join(asked['answers'])}.")]
 
 
 def encode_chat(

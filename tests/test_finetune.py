@@ -308,6 +308,8 @@ def test_rows_of_recall_between_the_rows(base, tmp_path):
     chat = next(ft.recall_chats(tokenizer, 1024))
     ids, labels = ft.encode_chat(tokenizer, chat)
     assert len(ids) <= 1024 and "special magic number" in tokenizer.decode([y for y in labels if y >= 0])
+    many = [c for c, _ in zip(ft.recall_chats(tokenizer, 512), range(70))]  # of one stream no two are alike
+    assert len({c[0]["content"] for c in many}) == 70 and all(len(ft.encode_chat(tokenizer, c)[0]) <= 512 for c in many)
     answer = chat[-1]["content"].rstrip(".").split()[-1]
     assert f": {answer}." in chat[0]["content"]  # it stands in the text
     with pytest.raises(CheckpointError, match="no rows of recall"): ft.finetune(base / "pre", base / "sums.jsonl", tmp_path / "post", recall=.1, **SETTINGS)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import call
 
 from qkrestore_nb import repair as r
+from qkrestore_nb.audit import paired
 from qkrestore_nb.checkpoints import CheckpointError
 from qkrestore_nb.families import Selection
 from qkrestore_nb.in_place import verify
@@ -109,14 +110,14 @@ def test_front():
 
 def test_gain():
     a, b = [[0, 8], [4, 8], [1, 1]], [[4, 8], [4, 8], [1, 1]]
-    d, low, high = r.gain(a, b)
+    d, low, high = paired(a, b)
     assert d == pytest.approx(100 / 6) and low < d < high
-    assert r.gain(a, b, worth=0.5)[0] == pytest.approx(100 * np.mean([0.5, 0.25, 0.5]))
-    same = r.gain([[1, 1]] * 8, [[1, 1]] * 8)
+    assert paired(a, b, worth=0.5)[0] == pytest.approx(100 * np.mean([0.5, 0.25, 0.5]))
+    same = paired([[1, 1]] * 8, [[1, 1]] * 8)
     assert same[0] == 0 and same[1] < -5 and same[2] > 5  # eight equal answers are no certainty
-    assert r.gain([[1, 1]] * 800, [[1, 1]] * 800)[2] < 1
+    assert paired([[1, 1]] * 800, [[1, 1]] * 800)[2] < 1
     with pytest.raises(ValueError):
-        r.gain(a, b[:2])
+        paired(a, b[:2])
 
 
 @pytest.mark.parametrize("p, q", [(0.5, 0.8), (0.9, 0.9), (0.2, 0.4)])
@@ -124,7 +125,7 @@ def test_intervals_cover(p, q):
     rng, hits = np.random.default_rng(0), 0
     for _ in range(300):
         x, y = rng.random(24) < p, rng.random(24) < q
-        _, low, high = r.gain([[int(v), 1] for v in x], [[int(v), 1] for v in y], draws=400)
+        _, low, high = paired([[int(v), 1] for v in x], [[int(v), 1] for v in y])
         hits += low <= 100 * (q - p) <= high
     assert hits > 0.91 * 300
 
