@@ -83,6 +83,13 @@ def index(site: Path) -> int:
     return subprocess.run([sys.executable, "-m", "pagefind", "--site", site, "--quiet", *sentences]).returncode
 
 
+def unpack_releases(site: Path, folder: Path = DOCS / "versions") -> None:
+    "The site of each release into a folder of its name; its search looks through that release alone."
+    from prepare import released
+    for name in released(folder):
+        with tarfile.open(folder / f"{name}.tar.gz") as tar: tar.extractall(site / name, filter="data")
+
+
 def main() -> int:
     from prepare import chapter, prepare
     mathjax()
@@ -96,6 +103,7 @@ def main() -> int:
     if done.returncode: return done.returncode
     lighten(site, {p.stem: chapter(p).get("title", "") for p in (DOCS.parent / "nbs").glob("*.ipynb")})
     if failed := index(site): return failed
+    unpack_releases(site)
     print(f"{len(list(site.glob('*.html')))} pages: open {site / 'index.html'}")
     return 0
 

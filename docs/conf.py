@@ -38,6 +38,7 @@ html_baseurl = addresses()["site"]  # search engines are told one address for ea
 html_theme_options = {
     "launch_buttons": {"colab_url": "https://colab.research.google.com"}, "repository_provider": "github",
     "repository_url": repository(), "repository_branch": settings()["branch"], "path_to_docs": "nbs",
+    "extra_footer": f'<a href="{addresses()["site"]}versions.html">Versions</a>',
     "use_repository_button": True, "use_issues_button": True, "use_edit_page_button": True,
     "navbar_start": [], "navbar_center": [], "navbar_end": [], "navbar_persistent": [], "use_download_button": False,
     "use_fullscreen_button": False, "show_toc_level": 2, "home_page_in_toc": True}

@@ -276,6 +276,19 @@ def reference(stem: str, nb) -> str:
     return "\n\n".join(head + parts) + "\n"
 
 
+def released(folder: Path = ROOT / "docs" / "versions") -> list[str]:
+    "The releases whose sites lie in a folder, as v0.1.0.tar.gz; the newest first."
+    number = lambda name: [int(x) for x in re.findall(r"\d+", name)]
+    return sorted((p.name.removesuffix(".tar.gz") for p in folder.glob("v*.tar.gz")), key=number, reverse=True)
+
+
+def versions(names: list[str], site: str) -> str:
+    "The page of versions."
+    head = "---\norphan: true\n---\n\n# Versions\n\nThis is the site of the development version. "
+    rows = "".join(f"\n- [{name}]({site}{name}/index.html)" for name in names)
+    return head + (f"Each release keeps its own:\n{rows}\n" if names else "No release has a site of its own yet.\n")
+
+
 LOST = """---
 orphan: true
 ---
@@ -303,6 +316,7 @@ def prepare(nbs: Path = ROOT / "nbs", pages: Path = ROOT / "docs" / "pages") -> 
             for k in found: names.setdefault(k, []).append(f"{module}.{k}")
     (pages / "api.md").write_text("\n".join(api) + "\n")
     (pages / "404.md").write_text(LOST)
+    (pages / "versions.md").write_text(versions(released(), addresses()["site"]))
     words = next(((stem, glossary(nb)) for stem, nb in notebooks.items() if stem.endswith("glossary")), ("", {}))
     (pages / "log.md").write_text(link_sources((ROOT / "results" / "LOG.md").read_text(), addresses()["file"]))
     trees = "\n\n".join(tree(*part) for part in contents(list(notebooks)).items())

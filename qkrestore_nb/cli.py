@@ -497,6 +497,7 @@ def finetune(
     rows: Annotated[int, typer.Option(help="Rows a step, over all processes.")] = 16,
     lr: Annotated[float, typer.Option(help="Highest learning rate, after 3% of the steps; then a cosine to 10%.")] = 1e-5,
     rank: Annotated[int, typer.Option(help="Rank of a LoRA adapter on all linear layers; 0 trains all weights.")] = 0,
+    four_bit: Annotated[bool, typer.Option("--four-bit", help="Hold the weights under the adapter in 4 bits: QLoRA, with bitsandbytes.")] = False,
     qk_lr: Annotated[float, typer.Option(help="Learning rate of W_Q and W_K in the softmax layers, times --lr.")] = 1.,
     freeze: Annotated[str, typer.Option(help="qk: leave W_Q and W_K of the softmax layers as they are.", metavar="qk")] = "",
     spare: Annotated[str, typer.Option(help="qk: an adapter without them (with --rank).", metavar="qk")] = "",
@@ -520,7 +521,7 @@ def finetune(
     qk_lr = _qk_lr(qk_lr, freeze, spare, rank)
     with tqdm(total=steps, desc="fine-tuning", mininterval=1., disable=not sys.stderr.isatty()) as bar:
         def look(step, loss): bar.n = step; bar.set_postfix(loss=f"{loss:.3f}"), bar.refresh()
-        done = tune(ckpt, data, out, steps, tokens, rows, lr, rank, qk_lr, pull, recall, every, seed, look=look, trust_remote_code=trust_remote_code, report_to=report_to or None)
+        done = tune(ckpt, data, out, steps, tokens, rows, lr, rank, qk_lr, pull, recall, every, seed, look=look, trust_remote_code=trust_remote_code, report_to=report_to or None, four_bit=four_bit)
     import os
     if os.environ.get("RANK", "0") == "0": echo(f"{done}: {steps} steps on {data}. Losses and settings: {done / 'finetune.json'}" + (f"\nAn adapter: qkrestore restore {ckpt} {done} OUT takes Q and K of the softmax layers out of it." if rank else f"\nNext: qkrestore audit {ckpt} {done}{' --trust-remote-code' * trust_remote_code}"))
 

@@ -276,9 +276,12 @@ def _check_floats(side: Side, name: str, dtype: str) -> None:
         )
 
 # %% ../nbs/08b_moves.ipynb #3f6410ab
-def _pair(a: Move, b: Move, sides: tuple[Side, Side], cast: bool) -> Move:
+def _pair(a: Move, b: Move, sides: tuple[Side, Side], cast: bool, all_layers: bool = False) -> Move:
     "One move out of the two halves."
-    if a.shape != b.shape:
+    outside = all_layers and b.layer is None and not b.role and b.whole
+    grown = outside and a.shape[1:] == b.shape[1:] and a.shape[0] < b.shape[0]
+    spans = ((0, prod(a.shape)),) if grown else b.spans  # new tokens have nothing in pre
+    if a.shape != b.shape and not grown:
         method = next(
             (f": {s.which} is quantized ({s.quantized}), restore before quantizing" for s in sides if s.quantized),
             ": they must be the same before it can be restored",
@@ -289,7 +292,7 @@ def _pair(a: Move, b: Move, sides: tuple[Side, Side], cast: bool) -> Move:
             f"{b.post} has dtype {a.dtype} in pre and {b.dtype} in post: they must be the same, or ask for a cast to "
             f"post's (cast=True, --cast)"
         )
-    return Move(a.pre, b.post, b.layer, b.role, b.shape, b.dtype, b.spans, a.dtype if a.dtype != b.dtype else "")
+    return Move(a.pre, b.post, b.layer, b.role, b.shape, b.dtype, spans, a.dtype if a.dtype != b.dtype else "")
 
 
 def _by_hand(pre: Side, post: Side, selection: Selection) -> tuple[list[Move], list[Move]]:
@@ -340,7 +343,7 @@ def plan_sides(
             raise CheckpointError(
                 f"only one of pre and post has {odd[0][2]} in layer {odd[0][0]}: they are not the same kind of model"
             )
-    return [_pair(x, y, (pre, post), cast) for x, y in zip(a, b, strict=True)]
+    return [_pair(x, y, (pre, post), cast, selection.layers == "all") for x, y in zip(a, b, strict=True)]
 
 # %% ../nbs/08b_moves.ipynb #6bae788f
 def plan(

@@ -3,7 +3,10 @@ import hashlib
 import json
 import os
 import random
+import re
 import stat
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,22 @@ def pytest_collection_modifyitems(items):
     "A file stays with one worker, whose fixtures its tests share; each notebook goes to the worker that is free."
     for item in items:
         if item.path.name != "test_notebooks.py": item.add_marker(pytest.mark.xdist_group(item.path.name))
+        if why := _too_old(item.name): item.add_marker(pytest.mark.skip(reason=why))
+
+
+LATER = {"transformers": ((5, 24), ("kimi_linear", "bailing_hybrid", "lfm3", "lara_mini", "zamba2", "latent_attention", "mla_is_recorded")),
+         "torch": ((2, 7), ("compiles_in_one_graph", "compiled_inside_the_block"))}
+
+
+@cache
+def _have(package: str) -> tuple[int, ...]:
+    return tuple(int(x) for x in re.findall(r"\d+", version(package))[:2])
+
+
+def _too_old(test: str) -> str:
+    "Families that came into transformers after the oldest that we allow, and what the oldest torch cannot trace."
+    late = (f"{p} {'.'.join(map(str, _have(p)))} is too old" for p, (new, names) in LATER.items() if _have(p) < new and any(n in test for n in names))
+    return next(late, "")
 
 
 KINDS = ["lightning-attn", "attn", "attn", "lightning-attn"]

@@ -207,3 +207,27 @@ def test_what_is_not_stacked():
     small = drawn(1, 2, small=6)
     assert letters(small) == pytest.approx(6) and readable(576, small) == pytest.approx(960)
     assert "side never" in shown('<img alt="x" src="a.svg">', small)  # too small side by side in any window
+
+
+def test_sites_of_releases(tmp_path):
+    "Each lies under its version, the newest is listed first, and nothing of an archive leaves its folder."
+    import io
+    import tarfile
+
+    from build import unpack_releases
+    from prepare import released, versions
+    archives, site = tmp_path / "versions", tmp_path / "site"
+    archives.mkdir(), site.mkdir()
+    assert released(archives) == [] and "No release has a site" in versions([], "https://x.org/")
+    for name, file in (("v0.9.0", "index.html"), ("v0.10.0", "index.html"), ("vevil", "../../out.html")):
+        with tarfile.open(archives / f"{name}.tar.gz", "w:gz") as tar:
+            entry = tarfile.TarInfo(file)
+            entry.size = len(name)
+            tar.addfile(entry, io.BytesIO(name.encode()))
+    with pytest.raises(tarfile.FilterError): unpack_releases(site, archives)
+    assert not (tmp_path / "out.html").exists()
+    (archives / "vevil.tar.gz").unlink()
+    unpack_releases(site, archives)
+    assert (site / "v0.9.0" / "index.html").read_text() == "v0.9.0" and released(archives) == ["v0.10.0", "v0.9.0"]
+    page = versions(released(archives), "https://x.org/")
+    assert page.index("https://x.org/v0.10.0/index.html") < page.index("https://x.org/v0.9.0/index.html")

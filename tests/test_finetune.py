@@ -308,6 +308,8 @@ def test_rows_of_recall_between_the_rows(base, tmp_path):
     chat = next(ft.recall_chats(tokenizer, 1024))
     ids, labels = ft.encode_chat(tokenizer, chat)
     assert len(ids) <= 1024 and "special magic number" in tokenizer.decode([y for y in labels if y >= 0])
+    many = [c for c, _ in zip(ft.recall_chats(tokenizer, 512), range(70))]  # of one stream no two are alike
+    assert len({c[0]["content"] for c in many}) == 70 and all(len(ft.encode_chat(tokenizer, c)[0]) <= 512 for c in many)
     answer = chat[-1]["content"].rstrip(".").split()[-1]
     assert f": {answer}." in chat[0]["content"]  # it stands in the text
     with pytest.raises(CheckpointError, match="no rows of recall"): ft.finetune(base / "pre", base / "sums.jsonl", tmp_path / "post", recall=.1, **SETTINGS)
@@ -391,3 +393,52 @@ def test_options_that_do_not_fit(base, tmp_path, capsys, text, line, says):
     with pytest.raises(SystemExit) as e: main(["finetune", *config, *line, str(base / "pre"), str(base / "sums.jsonl"), str(tmp_path / "post")])
     said = capsys.readouterr().err
     assert e.value.code == 2 and says in said and "Traceback" not in said and not (tmp_path / "post").exists()
+
+
+def test_qlora(base, tmp_path):
+    "The adapter is learnt on weights of 4 bits, fits the checkpoint of before, goes on after a stop, and can be restored."
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes comes with the dev extra")
+    from qkrestore_nb.restore import qk_restore
+    how = dict(rank=4, four_bit=True) | SETTINGS
+    ft.finetune(base / "pre", base / "sums.jsonl", tmp_path / "a", **how)
+    def stop(step, loss):
+        if step == 5: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): ft.finetune(base / "pre", base / "sums.jsonl", tmp_path / "b", **how, look=stop)
+    ft.finetune(base / "pre", base / "sums.jsonl", tmp_path / "b", **how)
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), abs=1e-5)
+    assert losses(tmp_path / "a")[-1] < losses(tmp_path / "a")[0] and losses(tmp_path / "a")[0] != losses(base / "post")[0]
+    found = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert found["r"] == 4 and Path(found["base_model_name_or_path"]) == base / "pre"
+    qk_restore(base / "pre", tmp_path / "a", out=tmp_path / "restored")
+
+
+@pytest.mark.parametrize("how, world, there, says", [
+    (dict(), 1, True, "give the rank of an adapter"), (dict(rank=4), 2, True, "these are 2 processes: start one"),
+    (dict(rank=4), 1, False, "pip install bitsandbytes")])
+def test_four_bits_that_do_not_fit(how, world, there, says, monkeypatch):
+    import importlib.util
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: there or None)
+    with pytest.raises(CheckpointError, match=says): ft._check_four_bit(how.get("rank", 0), world)
+
+
+def test_a_family_that_leaks_is_warned_of(base, tmp_path, recwarn):
+    "Qwen3-Next's linear layers go on over a border; a transformer's layers and HypeNet's do not."
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
+    common = dict(vocab_size=1000, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+    leaky = Qwen3NextForCausalLM(Qwen3NextConfig(**common, layer_types=["linear_attention", "full_attention"], linear_num_value_heads=2, linear_num_key_heads=2,
+                                                 linear_key_head_dim=16, linear_value_head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+                                                 shared_expert_intermediate_size=16))
+    assert not ft.leaks(Qwen3ForCausalLM(Qwen3Config(**common))) and not ft.leaks(small_hybrid()) and ft.leaks(leaky)
+    leaky.save_pretrained(tmp_path / "pre")
+    AutoTokenizer.from_pretrained(base / "pre").save_pretrained(tmp_path / "pre")
+    ft.finetune(tmp_path / "pre", base / "sums.jsonl", tmp_path / "post", **SETTINGS | dict(steps=1))
+    assert sum("a conversation sees the one before it" in str(w.message) for w in recwarn) == 1
+
+
+def test_peft_wants_to_be_told_which_maps():
+    "The one line that chapter 13a says to add: without it peft refuses, as for each family that it has no list for."
+    from peft import LoraConfig, get_peft_model
+    with pytest.raises(ValueError, match="specify `target_modules`"): get_peft_model(small_hybrid(), LoraConfig(task_type="CAUSAL_LM"))
+    told = get_peft_model(small_hybrid(), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    reached = {n.split(".lora_A")[0].rsplit(".", 1)[1] for n, _ in told.named_modules() if n.endswith("lora_A")}
+    assert {"q_proj", "z_proj", "o_gate", "down_proj"} <= reached and "lm_head" not in reached

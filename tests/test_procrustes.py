@@ -139,3 +139,16 @@ def test_signs_find_what_was_flipped_and_exchanged():
     found = procrustes_align(q, k, turn(q) + .01 * torch.randn_like(q), turn(k) + .01 * torch.randn_like(k), n_kv, "signs", gains)
     assert torch.equal(found[2], A)
     torch.testing.assert_close(found[0], turn(q))
+
+
+def test_a_ridge_that_float32_cannot_see():
+    "So small that Cholesky's float32 would lose it, and of the size of the smaller eigenvalue: the literal formula in float64."
+    g = torch.Generator().manual_seed(0)
+    (q_pre, q_post), rows = torch.randn(2, 2, 8, generator=g), torch.linalg.qr(torch.randn(8, 2, generator=g))[0].T
+    k, lam = torch.tensor([[1.], [3e-4]]) * rows, 1e-7
+    K, delta = k.double(), (q_pre - q_post).double()
+    gram = K @ K.T
+    shift = lam * gram.diagonal().mean()
+    literal = q_post.double() + delta @ K.T @ torch.linalg.inv(gram + shift * torch.eye(2)) @ K
+    made = solve_queries(q_pre, q_post, k, n_kv=1, lam=lam)
+    torch.testing.assert_close(made.double(), literal, rtol=1e-3, atol=1e-4)

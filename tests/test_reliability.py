@@ -33,6 +33,7 @@ from qkrestore_nb.checkpoints import (
     watch,
 )
 from qkrestore_nb.in_place import undo, verify
+from qkrestore_nb.note import raw_note
 from qkrestore_nb.restore import qk_restore
 
 QK = [NAME.format(i, r) for i in (1, 2) for r in "qk"]
@@ -114,6 +115,39 @@ def test_a_journal_is_not_believed(tmp_path, secret, name, capsys):
     before = snapshot(tmp_path)
     for command in ("undo", "verify", "inspect"): assert call(command, folder) == 2 and sentence(capsys.readouterr().err), command
     assert snapshot(tmp_path) == before
+
+
+def test_a_journal_is_not_believed_about_other_files(tmp_path):
+    "Sound in every number, and it names the config: nothing but weights is ever put back."
+    folder = write_checkpoint(tmp_path / "post", 2)
+    size = (folder / "config.json").stat().st_size
+    write_journal(folder, file="config.json", size=size, spans=[[0, 16]])
+    before = snapshot(tmp_path)
+    with pytest.raises(CheckpointError, match="config.json"): undo(folder)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_planted_note_that_is_a_link(tmp_path):
+    "Also one that leads nowhere else: no restore makes links."
+    folder = write_checkpoint(tmp_path / "post", 2)
+    (folder / "real.json").write_text("{}")
+    (folder / NOTE).symlink_to("real.json")
+    with pytest.raises(CheckpointError, match="is a link"): raw_note(folder)
+    (folder / NOTE).unlink()
+    assert raw_note(folder) is None
+
+
+def test_what_changes_is_noticed_at_the_same_size(tmp_path):
+    "Written over in place, as long as before: only the time tells."
+    folder = write_checkpoint(tmp_path / "post", 2)
+    unchanged, file = checkpoints.watch(folder), folder / "model.safetensors"
+    unchanged()
+    then = file.stat()
+    with open(file, "r+b") as f:
+        f.seek(then.st_size - 1)
+        f.write(b"x")
+    os.utime(file, ns=(then.st_atime_ns, then.st_mtime_ns + 1))
+    with pytest.raises(CheckpointError, match="changed while it was read"): unchanged()
 
 
 def test_two_moves_of_one_place(tmp_path):
@@ -338,6 +372,7 @@ def test_a_killed_journal_is_swept_by_the_next_run(pair):
     pre, post = pair
     (post / f".{JOURNAL}.abcd1234.part").write_bytes(b"x")
     qk_restore(pre, post, inplace=True)
+    assert not list(post.glob(".*.part"))
     (post / f".{NOTE}.abcd1234.part").write_bytes(b"x")
     undo(post)
     assert not list(post.glob("*.part"))

@@ -1,5 +1,6 @@
 "The search for a repair: its arithmetic on known numbers, what it writes, what it says, and what it refuses."
 
+import copy
 import json
 import shutil
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import call
 
 from qkrestore_nb import repair as r
+from qkrestore_nb.audit import paired
 from qkrestore_nb.checkpoints import CheckpointError
 from qkrestore_nb.families import Selection
 from qkrestore_nb.in_place import verify
@@ -108,14 +110,14 @@ def test_front():
 
 def test_gain():
     a, b = [[0, 8], [4, 8], [1, 1]], [[4, 8], [4, 8], [1, 1]]
-    d, low, high = r.gain(a, b)
+    d, low, high = paired(a, b)
     assert d == pytest.approx(100 / 6) and low < d < high
-    assert r.gain(a, b, worth=0.5)[0] == pytest.approx(100 * np.mean([0.5, 0.25, 0.5]))
-    same = r.gain([[1, 1]] * 8, [[1, 1]] * 8)
+    assert paired(a, b, worth=0.5)[0] == pytest.approx(100 * np.mean([0.5, 0.25, 0.5]))
+    same = paired([[1, 1]] * 8, [[1, 1]] * 8)
     assert same[0] == 0 and same[1] < -5 and same[2] > 5  # eight equal answers are no certainty
-    assert r.gain([[1, 1]] * 800, [[1, 1]] * 800)[2] < 1
+    assert paired([[1, 1]] * 800, [[1, 1]] * 800)[2] < 1
     with pytest.raises(ValueError):
-        r.gain(a, b[:2])
+        paired(a, b[:2])
 
 
 @pytest.mark.parametrize("p, q", [(0.5, 0.8), (0.9, 0.9), (0.2, 0.4)])
@@ -123,7 +125,7 @@ def test_intervals_cover(p, q):
     rng, hits = np.random.default_rng(0), 0
     for _ in range(300):
         x, y = rng.random(24) < p, rng.random(24) < q
-        _, low, high = r.gain([[int(v), 1] for v in x], [[int(v), 1] for v in y], draws=400)
+        _, low, high = paired([[int(v), 1] for v in x], [[int(v), 1] for v in y])
         hits += low <= 100 * (q - p) <= high
     assert hits > 0.91 * 300
 
@@ -339,6 +341,54 @@ def test_what_is_worn_is_what_is_written(folder, post, tmp_path):
         assert {x["equals"] for x in verify(out)} <= {"pre", "restored", "both"}, name
 
 
+@pytest.fixture
+def grown(folder, post):
+    "The post, with three tokens more than its pre."
+    from qkrestore_nb.hypenet import HypeNetForCausalLM
+
+    model = HypeNetForCausalLM.from_pretrained(post, dtype=torch.float32)
+    model.resize_token_embeddings(model.config.vocab_size + 3, mean_resizing=False)
+    model.save_pretrained(post)
+    return post
+
+
+def test_a_vocabulary_that_fine_tuning_has_grown(folder, grown, tmp_path):
+    "Every candidate is made, in memory as on disk; rows that pre does not have stay post's in all of them."
+    from qkrestore_nb.restore import restored
+
+    bench, pool = bench_of(folder, grown), pool_of(grown)
+    pre, post = (load_file(x / "model.safetensors") for x in (folder, grown))
+    before = {n: t.clone() for n, t in bench.model.state_dict().items()}
+    name, old = "model.embed_tokens.weight", len(pre["model.embed_tokens.weight"])
+    assert len(pool) == 27 and len(post[name]) == old + 3
+    for c in (pool[n] for n in ("Q,K", "average 0.9", "LiNeS 0.5", "TIES 0.2", "DARE 0.5", "Q,K on average 0.9")):
+        out = restored(folder, grown, c.make(), c.selection, out=tmp_path / c.name)
+        disk = load_file(out / "model.safetensors")
+        with bench.wear(c) as model:
+            now = model.state_dict()
+            assert all(torch.allclose(now[n], disk[n].float(), atol=1e-5) for n in disk), c.name
+        assert disk[name][old:].equal(post[name][old:])
+        assert disk[name][:old].equal(post[name][:old]) == (c.name == "Q,K")
+        assert all(t.equal(before[n]) for n, t in bench.model.state_dict().items()), c.name
+        assert {x["equals"] for x in verify(out)} <= {"pre", "restored", "both"}, c.name
+    c = pool["average 0.75"]
+    half = load_file(restored(folder, grown, c.make(), c.selection, out=tmp_path / "h") / "model.safetensors")
+    torch.testing.assert_close(half[name][:old], 0.75 * post[name][:old] + 0.25 * pre[name])
+
+
+def test_only_embeddings_outside_of_layers_may_grow(folder, grown, tmp_path):
+    "A tensor in a layer that is longer in post is still refused, and so is a vocabulary that shrank."
+    from qkrestore_nb.moves import plan
+
+    with pytest.raises(CheckpointError, match="has shape"):
+        plan(grown, folder, everything)
+    post = load_file(grown / "model.safetensors")
+    name = next(n for n in post if "up_proj" in n)
+    save_file(post | {name: torch.cat([post[name]] * 2)}, grown / "model.safetensors", metadata=dict(format="pt"))
+    with pytest.raises(CheckpointError, match=f"{name} has shape"):
+        plan(folder, grown, everything)
+
+
 def test_worn_weights_come_off_after_an_error(folder, post):
     bench, before = bench_of(folder, post), load_file(post / "model.safetensors")
     with pytest.raises(KeyboardInterrupt):
@@ -377,7 +427,7 @@ def stage(folder, post, tmp_path, monkeypatch):
     monkeypatch.setattr(r, "questions", lambda tokenizer, lengths, n, seed: [list(range(100))])
 
     def run(rule, words=(), **how):
-        def ask(self, model, k=0, rounds=1):
+        def ask(self, model, k=0, rounds=1, tokenizer=None):
             a, b = rule(model, pre, after)
             return r.Answers(
                 bits(a, 100)[::-1][r.part(100, k, rounds)] if rounds > 1 else bits(a, 100),
@@ -622,7 +672,7 @@ def test_other_families(tmp_path, tokenizer, family, monkeypatch):
     monkeypatch.setattr(r, "questions", lambda tokenizer, lengths, n, seed: [list(range(40))])
     worn = []
 
-    def ask(self, model, k=0, rounds=1):
+    def ask(self, model, k=0, rounds=1, tokenizer=None):
         now = torch.cat([t.flatten().double()[:50] for t in model.state_dict().values() if t.is_floating_point()])
         worn.append(now)
         a = (
@@ -649,6 +699,34 @@ def test_other_families(tmp_path, tokenizer, family, monkeypatch):
     assert {"pre", "post", "Q,K", "average 0.9", "TIES 0.2"} <= {t.name for t in done.tried} and all(
         done.left_out.values()
     )
+
+
+def test_words_that_pre_does_not_know(tmp_path, tokenizer, monkeypatch):
+    "SFT added tokens, and the chat template uses them: pre is asked in its own words, the others in post's."
+    from test_families import CASES, model
+
+    long = copy.deepcopy(tokenizer)
+    long.add_special_tokens(dict(additional_special_tokens=["<|think|>", "<|/think|>", "<|tool|>"]))
+    for seed, name, words in ((1, "pre", tokenizer), (2, "post", long)):
+        fields = CASES["qwen3_next"][0] | dict(vocab_size=len(words), max_position_embeddings=2048)
+        model("qwen3_next", fields, seed).save_pretrained(tmp_path / name)
+        words.save_pretrained(tmp_path / name)
+    (tmp_path / "t").write_text("".join(json.dumps(dict(prompt=str(i), answer="1")) + "\n" for i in range(4)))
+    monkeypatch.setattr(r, "questions", lambda tokenizer, lengths, n, seed: [list(range(8))])
+    asked, looked = [], []
+
+    def ask(self, model, k=0, rounds=1, tokenizer=None):
+        asked.append((model.get_input_embeddings().num_embeddings, len(tokenizer or self.tokenizer)))
+        right = 1.0 if asked[-1][0] < len(long) else 0.2 if len(asked) < 6 else 0.6
+        tasks = self.tasks[r.part(len(self.tasks), k, rounds)]
+        return r.Answers(bits(right, 8)[r.part(8, k, rounds)], [[1, 1]] * len(tasks))
+
+    monkeypatch.setattr(r.Probe, "ask", ask)
+    monkeypatch.setattr(r, "retrieval_heads", lambda model, tokenizer, *x: looked.append(len(tokenizer)) or [])
+    how = dict(tasks=tmp_path / "t", lengths=(512,), haystacks=8, device="cpu")
+    done = r.repair(tmp_path / "pre", tmp_path / "post", out=tmp_path / "fixed", **how)
+    assert set(asked) == {(len(tokenizer),) * 2, (len(long),) * 2} and looked == [len(tokenizer)]
+    assert {"average 0.9", "TIES 0.2", "LiNeS 0.5"} <= {t.name for t in done.tried}
 
 
 # ---- the shipped pair, and what is refused
@@ -728,14 +806,6 @@ def test_bad_input(folder, post, tmp_path, capsys):
         (tmp_path / name / "config.json").write_text(
             json.dumps(config | change | (dict(layer_types=["linear_attention"] * 4) if name == "linear" else {}))
         )
-    shutil.copytree(post, tmp_path / "grown")
-    weights = load_file(post / "model.safetensors")
-    name = next(n for n in weights if "embed_tokens" in n)
-    save_file(
-        weights | {name: torch.cat([weights[name]] * 2)},
-        tmp_path / "grown" / "model.safetensors",
-        metadata=dict(format="pt"),
-    )
     shutil.copytree(post, tmp_path / "rope")
     config = json.loads((post / "config.json").read_text())
     for x in (folder, tmp_path / "rope"):
@@ -764,7 +834,6 @@ def test_bad_input(folder, post, tmp_path, capsys):
         ((tmp_path / "nowhere", post, "new", *tasks), "there is no folder"),
         ((folder, tmp_path / "adapter", "new", *tasks), "is an adapter"),
         ((folder, tmp_path / "wide", "new", *tasks), "hidden_size differs"),
-        ((folder, tmp_path / "grown", "new", *tasks), "repair needs equal shapes"),
         ((tmp_path / "linear", tmp_path / "linear" / ".." / "linear2", "new", *tasks), "there is no folder"),
         (
             (folder, tmp_path / "rope", "new", *tasks, "--lengths", "1024"),

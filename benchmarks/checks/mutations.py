@@ -42,7 +42,7 @@ MUTANTS = [
     ("checkpoints", "    if count(source, a) != count(target, b) or mix is None and a != b:", "    if False:", RELIABILITY, "lengths"),
     ("checkpoints", "                h.update(new)\n", "", RESTORE, "folders or note or paths"),
     ("checkpoints", "    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):", "    if False:", RELIABILITY, "grows"),
-    ("checkpoints", "s.st_size, s.st_mtime_ns)\n        return", "s.st_size)\n        return", RELIABILITY, "changes_is_noticed"),
+    ("checkpoints", "s.st_size, s.st_mtime_ns)\n        return", "s.st_size)\n        return", RELIABILITY, "is_noticed"),
     ("checkpoints", "            os.fchmod(fd, mode)\n", "            os.fchmod(fd, 0o644)\n", RELIABILITY, "who_may_read"),
     ("checkpoints", "        except BlockingIOError: raise CheckpointError(busy) from None", "        except BlockingIOError: pass", CHECKPOINTS, "two_runs"),
     ("checkpoints", 'and mark.get("out") == m[1] and', "and", RELIABILITY, "stale"),
@@ -50,7 +50,7 @@ MUTANTS = [
     ("checkpoints", "        except OSError: continue  # no locks here", "        except OSError: fd = os.open(work, os.O_RDONLY)  # no locks here", RELIABILITY, "without_locks"),
     ("checkpoints", "        if not path.is_symlink(): path.chmod", "        if path.exists(): path.chmod", RELIABILITY, "stale"),
     ("checkpoints", "if Path(folder) == post and (n == JOURNAL or", "if Path(folder) == post and (", RELIABILITY, "copied"),
-    ("checkpoints", "        if os.path.lexists(out): raise CheckpointError(f\"{out} has appeared", "        if False: raise CheckpointError(f\"{out} has appeared", RELIABILITY, "at_work"),
+    ("checkpoints", "    if os.path.lexists(out): raise taken", "    if False: raise taken", "tests/test_repair.py tests/test_reliability.py", "at_work or meanwhile"),
     ("checkpoints", "            held.callback(_remove, work)\n", "", RESTORE, "whatever_breaks"),
     ("checkpoints", '        if not remove or x.state != "stale": continue', '        if not remove: continue', RELIABILITY, "leftovers"),
     ("checkpoints", 'return head[0]["note"] == (', 'return head[0]["note"] != (', RELIABILITY, "half"),
@@ -62,7 +62,7 @@ MUTANTS = [
     ("note", "    if any(b > c for (_, b), (c, _) in pairwise(spans)):", "    if False:", RELIABILITY, "journal_is_not or two_moves"),
     ("in_place", "        for spans in taken.values(): sound_spans(sorted(spans), 1 << 63)\n", "", RELIABILITY, "two_moves"),
     ("in_place", 'or Path(name).name != name or not name.endswith(".safetensors")', 'or not name.endswith(".safetensors")', f"{RELIABILITY} {CHECKPOINTS}", "journal_is_not or damaged_journal"),
-    ("in_place", 'or Path(name).name != name or not name.endswith(".safetensors")', "or Path(name).name != name", RELIABILITY, "journal_is_not"),
+    ("in_place", 'or Path(name).name != name or not name.endswith(".safetensors")', "or Path(name).name != name", RELIABILITY, "not_believed"),
     ("in_place", "        if at != path.stat().st_size: raise", "        if False: raise", CHECKPOINTS, "damaged_journal"),
     ("in_place", '            if sha256(source) != target["sha256"]:', "            if False:", CHECKPOINTS, "damaged_journal"),
     ("in_place", '(t for t, _ in pairs if sha256(t) != t["sha256"])', "(t for t, _ in pairs if False)", RELIABILITY, "undo_reads"),
@@ -82,14 +82,14 @@ MUTANTS = [
     ("moves", "made = encode(b + self.strength * (a - b), self.target)", "made = encode(a + self.strength * (b - a), self.target)", CHECKPOINTS, "strength"),
     ("restore", "return old + self.strength * (read(\"pre\", move).double() - old) if", "return old + (1 - self.strength) * (read(\"pre\", move).double() - old) if", CHECKPOINTS, "strength"),
     ("moves", "+ (0x7FFF + ((u >> 16) & 1))", "+ 0x8000", CHECKPOINTS, "rounding or cast"),
-    ("restore", "        pre.unchanged()\n", "", RELIABILITY, "changes_is_noticed"),
-    ("restore", "            post.unchanged()\n", "            pass\n", RELIABILITY, "changes_is_noticed"),
-    ("in_place", "            try:\n                unchanged()\n", "            try:\n                pass\n", RELIABILITY, "changes_is_noticed"),
+    ("restore", "        pre.unchanged()\n", "", RELIABILITY, "is_noticed"),
+    ("restore", "            post.unchanged()\n", "            pass\n", RELIABILITY, "is_noticed"),
+    ("in_place", "            try:\n                unchanged()\n", "            try:\n                pass\n", RELIABILITY, "is_noticed"),
     ("in_place", "                e.half_restored = folder", "                e.other = folder", RELIABILITY, "taken_back"),
     ("restore", "    if _same(moves, pre, post):", "    if False:", CLI, "bad_input"),
     ("restore", "    if left(pre) and not left(post) or named:", "    if left(post) and not left(pre) or named:", CHECKPOINTS, "swapped"),
     ("moves", "    if a.dtype != b.dtype and not cast:", "    if False:", CLI, "bad_input"),
-    ("moves", "    if a.shape != b.shape:", "    if False:", CLI, "bad_input"),
+    ("moves", "    if a.shape != b.shape and not grown:", "    if False:", CLI, "bad_input"),
     ("restore", "result = post.model if inplace else copy.deepcopy(post.model)", "result = post.model", RESTORE, "dict or model"),
     ("procrustes", "lam * gram.diagonal(dim1=-2, dim2=-1).mean(-1)", "lam * gram.diagonal(dim1=-2, dim2=-1).sum(-1)", PINNED, "ridge"),
     ("procrustes", "torch.where(read, w / (w + shift[..., 0]), 0)", "torch.where(read, w / (w + 2 * shift[..., 0]), 0)", f"tests/test_procrustes.py {PINNED}", ""),
@@ -109,7 +109,7 @@ MUTANTS = [
     ("moves", "if a.folder and b.folder and a.folder.resolve() == b.folder.resolve():", "if False:", CLI, "bad_input"),
     ("note", "s.layers if isinstance(s.layers, str) and not by_hand else note.layers", "s.layers", NOTE, "by_hand"),
     ("note", "    if not by_hand:\n        said[\"projections\"]", "    if True:\n        said[\"projections\"]", NOTE, "by_hand"),
-    ("procrustes", "data[at - len(old) : at]", "data[: len(old)]", MOVES, "in_several_pieces"),
+    ("moves", "data[at - len(old) : at]", "data[: len(old)]", MOVES, "in_several_pieces"),
     ("procrustes", "read = [h * n_kv // H for h in", "read = [h % n_kv for h in", MOVES, "uneven"),
     ("adapters", "    if not any(\"lora_\" in _module(k)[1] for k in keys.keys() - drop):", "    if False:", ADAPTERS, "only_rows"),
     ("adapters", "            k: what for k, what in its.items() if what != \"bias\"\n", "            k: what for k, what in its.items()\n", ADAPTERS, "peft_merges or only_rows"),
@@ -132,8 +132,8 @@ MUTANTS = [
     ("finetune", '    if note.get("data_sha256") != recipe["data_sha256"]:', "    if False:", RELIABILITY, "data_that"),
     ("finetune", "    if not weight: raise CheckpointError", "    if False: raise CheckpointError", RELIABILITY, "nothing_to_learn"),
     # ---- the search for a repair
-    ("repair", "np.append(d, [1.0, -1.0])\n    drawn", "np.append(d, [])\n    drawn", "tests/test_repair.py", "gain"),
-    ("repair", "q / m - worth * p / n for", "q / m - p / n for", "tests/test_repair.py", "gain"),
+    ("audit", "q / m - worth * p / n for", "q / m - p / n for", "tests/test_repair.py", "gain"),
+    ("repair", "q / m - worth * p / n for", "q / m - p / n for", "tests/test_repair.py", "halving or constraint or doubt"),
     ("repair", "(missed(name), -share(answers[name].recall))", "-share(answers[name].recall)", "tests/test_repair.py", "constraint or halving"),
     ("repair", "(missed(name), -share(answers[name].recall))", "(missed(name), share(answers[name].recall))", "tests/test_repair.py", "constraint or halving"),
     ("repair", "- d.mean() - doubt * error", "- d.mean()", "tests/test_repair.py", "doubt"),
@@ -149,10 +149,14 @@ MUTANTS = [
     ("repair", "    if kept[2] < 0:", "    if kept[2] < -100:", "tests/test_repair.py", "verdict"),
     ("repair", "    if more[1] <= 0:", "    if more[1] <= -100:", "tests/test_repair.py", "verdict"),
     ("repair", '        if outcome != "nothing":', "        if True:", "tests/test_repair.py", "fresh"),
-    ("repair", "            if os.path.lexists(out):\n                raise CheckpointError(f\"{out} has", "            if False:\n                raise CheckpointError(f\"{out} has", "tests/test_repair.py", "meanwhile"),
-    ("repair", "    if after >= before or gain", "    if gain", "tests/test_repair.py", "nothing_to_repair"),
+    ("repair", "    if after >= before or paired", "    if paired", "tests/test_repair.py", "nothing_to_repair"),
     ("repair", "    if before < margin:", "    if False:", "tests/test_repair.py", "nothing_to_repair"),
     ("repair", "        return Answers(*([[0, m] for", "        return Answers(*([[m, m] for", "tests/test_repair.py", "breaks"),
+    ("repair", "tokenizer if len(tokenizer) <= model.get_input_embeddings().num_embeddings else own", "tokenizer", "tests/test_repair.py", "words_that_pre"),
+    ("moves", "    spans = ((0, prod(a.shape)),) if grown else b.spans", "    spans = b.spans", "tests/test_repair.py", "grown"),
+    ("moves", "all_layers and b.layer is None and not b.role and b.whole", "all_layers", "tests/test_repair.py", "may_grow"),
+    ("moves", "and a.shape[0] < b.shape[0]", "", "tests/test_repair.py", "may_grow"),
+    ("finetune", "noise * x.abs().max()", "1e9", "tests/test_finetune.py", "leaks"),
     ("variants", "* agree).sum(0) / agree.sum(0).clamp(min=1)", "* agree).sum(0) / len(posts)", "tests/test_repair.py", "ties_as"),
     ("variants", "trimmed.sign() == trimmed.sum(0).sign()", "trimmed.sign() == trimmed.sign().sum(0).sign()", "tests/test_repair.py", "ties_as"),
     ("variants", "* (post - pre) / (1 - drop)", "* (post - pre)", "tests/test_repair.py", "dare_as"),
@@ -210,7 +214,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         tree = copy_of_the_tree(Path(work))
         for files, which in groups:  # without a mutant each of these must pass
-            if (found := tested(tree, files, which, 2 * args.limit)[0]) != "survived": sys.exit(f"{files} -k {which!r} without a mutant: {found}")
+            tries = (tested(tree, files, which, 2 * args.limit)[0] for _ in range(2))  # a busy machine may fail one by time
+            if (found := next((t for t in tries if t == "survived"), "killed")) != "survived": sys.exit(f"{files} -k {which!r} without a mutant: {found}")
         for mutant in chosen:
             r = run(tree, mutant, args.limit)
             kept[key(r)] = r
