@@ -37,7 +37,8 @@ def record(many, name, seconds, losses=(3., 2.), **more):
 
 def test_records_beside_each_other(many, tmp_path):
     "Ratios of tokens a second and of reading times, losses beside those of one card; what failed is left out."
-    jobs = {"2b_8k_1": record(many, "2b_8k_1", [9., 4., 4.]), "2b_8k_2": record(many, "2b_8k_2", [9., 2., 2.], (3., 2.25)),
+    jobs = {"2b_8k_1": record(many, "2b_8k_1", [9., 4., 4.]),
+            "2b_8k_2": record(many, "2b_8k_2", [9., 2., 2.], (3., 2.25)),
             "2b_8k_4": record(many, "2b_8k_4", [9., 1., 1.]) | dict(error="it died"),
             "read_2b_256k_1": record(many, "read_2b_256k_1", [6., 5.]),
             "read_2b_256k_4": record(many, "read_2b_256k_4", [2.5, 2.], difference=.01)}
