@@ -1,6 +1,6 @@
 """Speed and memory of the linear layers and of HypeNet's 2B shape (random weights) on a GPU, beside flash-linear-attention's own.
 
-    python benchmarks/speed/hypenet_gpu.py OUT [section ...]      sections: forms layer cold train prefill decode
+    python benchmarks/speed/hypenet_gpu.py OUT [section ...]      sections: forms layer cold cold_model train prefill decode decode_attention
 
 One json a section in OUT. Peers run in the same process, interleaved, medians. Where flash-attn is missing, fla's model class gets PyTorch's
 flash attention under flash-attn's name (said in the json): both sides then use the same attention kernel.
@@ -8,6 +8,7 @@ flash attention under flash-attn's name (said in the json): both sides then use 
 import gc
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -98,9 +99,13 @@ def layer() -> dict:
         both = {"ours": lambda: linear_attention(q, k, v, decay)[0], "fla": lambda: chunk(q, k, v, g_gamma=decay, scale=1.0, output_final_state=True)[0]}
         if T <= 4096: both["chunked PyTorch"] = lambda: FORMS["chunked"](q.float(), k.float(), v.float(), decay)[0]
         seconds = {name: [] for name in both}
+        calls = 50 if T <= 4096 else 5  # a sample is many calls: one of a millisecond is at the mercy of Python
+        def many(f):
+            for _ in range(calls): f().backward(w)
         for f in both.values(): timed(lambda: f().backward(w), 1, 2)
-        for _ in range(9):
-            for name, f in both.items(): seconds[name] += timed(lambda: f().backward(w), 1, 2)  # warm caches: what ran before must not matter
+        for i in range(9):
+            for name in random.Random(i).sample(list(both), len(both)):
+                seconds[name] += [s / calls for s in timed(lambda: many(both[name]), 1, 1)]
         rows.append({"B": B, "T": T, "H": H, "D": D, "seconds": seconds,
                      "ratio to fla": {n: statistics.median(s) / statistics.median(seconds["fla"]) for n, s in seconds.items()}})
     return {"rows": rows}
@@ -144,6 +149,42 @@ def cold() -> dict:
                 if mode == "narrow":  # a second process with the compiled kernels on disk
                     again = subprocess.run([sys.executable, "-c", COLD, *shape.split()], env=env, capture_output=True, text=True)
                     rows[-1]["second_process_first_s"] = json.loads(again.stdout.splitlines()[-1])["first_s"]
+    return {"rows": rows}
+
+
+COLD_MODEL = """
+import json, sys, time
+begun = time.perf_counter()
+import torch
+from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM, prefill
+imported = time.perf_counter() - begun
+torch.set_default_dtype(torch.bfloat16)
+with torch.device("cuda"):
+    if sys.argv[1] == "course":
+        from qkrestore_nb.experiment import pair
+        model = HypeNetForCausalLM(HypeNetConfig.from_pretrained(pair() / "pre"))
+    else: model = HypeNetForCausalLM(HypeNetConfig.preset("2B"))
+torch.set_default_dtype(torch.float32)
+ids = torch.randint(0, model.config.vocab_size, (1, int(sys.argv[2])), device="cuda")
+made = time.perf_counter() - begun
+prefill(model.eval(), ids, 16384)
+torch.cuda.synchronize(); read = time.perf_counter() - begun
+model.train()(ids[:, :4096], labels=ids[:, :4096], use_cache=False).loss.backward()
+torch.cuda.synchronize(); print(json.dumps(dict(imported_s=imported, made_s=made, read_s=read, trained_s=time.perf_counter() - begun)))
+"""
+
+
+def cold_model() -> dict:
+    "From an empty cache of kernels: seconds until a process has read its first text, and has its first gradient."
+    rows = []
+    for name, T in (("course", 32768), ("2B", 32768)):
+        with tempfile.TemporaryDirectory() as cache:
+            env = {**os.environ, "TRITON_CACHE_DIR": cache, "TORCHINDUCTOR_CACHE_DIR": cache + "/inductor"}
+            for again in (False, True):
+                out = subprocess.run([sys.executable, "-c", COLD_MODEL, name, str(T)], env=env, capture_output=True, text=True)
+                if out.returncode: raise RuntimeError(out.stderr[-2000:])
+                rows.append(dict(model=name, T=T, kernels_on_disk=again) | json.loads(out.stdout.splitlines()[-1]))
+                print(rows[-1], flush=True)
     return {"rows": rows}
 
 
@@ -208,9 +249,9 @@ def train() -> dict:
     from fla.modules import FusedLinearCrossEntropyLoss
     loss_of, rows, flash = FusedLinearCrossEntropyLoss(), [], flash_attn_from_torch()
     torch.set_float32_matmul_precision("high")  # fla's fused loss sums the head's gradient in float32: not on the slow units
-    plan = [(8, 4096, 0), (1, 32768, 0), (1, 131072, 28)]
-    if torch.cuda.get_device_properties(0).total_memory < 100e9: plan = [(4, 4096, 0), (1, 32768, 8), (1, 131072, 28)]
-    for which in ("ours", "ours, whole layers", "fla"):
+    plan = [(8, 4096, 0), (1, 32768, 0), (1, 131072, 28), (1, 262144, 28)]
+    if torch.cuda.get_device_properties(0).total_memory < 100e9: plan[:2] = [(4, 4096, 0), (1, 32768, 8)]
+    for which in ("ours", "fla", "ours, whole layers"):
         free()
         model, config = make("fla" if which == "fla" else "ours")
         model.train()
@@ -251,7 +292,7 @@ def train() -> dict:
 
 def prefilling() -> dict:
     rows, flash = [], flash_attn_from_torch()
-    for which in ("ours", "fla"):
+    for which, chunk in (("ours", 16384), ("ours", 32768), ("fla", None)):
         free()
         model, config = make(which)
         model.eval()
@@ -262,13 +303,15 @@ def prefilling() -> dict:
             def read():
                 if which == "ours":
                     from transformers import StaticCache
-                    return prefill(model, ids, 16384, StaticCache(config=config, max_cache_len=T))[0]
+                    return prefill(model, ids, chunk, StaticCache(config=config, max_cache_len=T))[0]
                 with torch.no_grad(): return model(ids, use_cache=True, logits_to_keep=1).logits
             free()
-            with attention_backends(): seconds = timed(read, 2 if T > 100000 else 5, 1)
+            with attention_backends():
+                seconds = timed(read, 2 if T > 100000 else 5, 1)
+                if T == 32768: profile(read)
             s = statistics.median(seconds)
             kv = kv_bytes(config, T)
-            row = {"model": which, "T": T, "seconds": seconds, "tokens_per_s": T / s, "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+            row = {"model": which, "chunk": chunk, "T": T, "seconds": seconds, "tokens_per_s": T / s, "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
                    "weights_gb": weights / 1e9, "kv_gb": kv / 1e9, "beyond weights and kv, gb": (torch.cuda.max_memory_allocated() - weights - kv) / 1e9}
             if which == "ours" and (peak := peak_flops()): row["mfu"] = flops_per_token(config, T, head=False) * T / s / peak
             print(row, flush=True)
@@ -289,7 +332,7 @@ def decoding(T: int = 32768, n: int = 64) -> dict:
     model.eval()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     ids = torch.randint(0, config.vocab_size, (1, T), device="cuda")
-    cache = StaticCache(config=config, max_cache_len=T + 2 * n + 16)
+    cache = StaticCache(config=config, max_cache_len=T + 3 * n + 16)
     logits, _ = prefill(model, ids, 16384, cache)
     states = sum(layer.recurrent_states[0].numel() * 4 for layer in cache.layers if hasattr(layer, "recurrent_states"))
     floor = (weights + kv_bytes(config, T) + 2 * states) / bandwidth
@@ -307,12 +350,18 @@ def decoding(T: int = 32768, n: int = 64) -> dict:
         return out
     with torch.no_grad():
         rows["eager"] = run(model.forward, 12)[2:]
-        then = time.perf_counter()
-        compiled = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
-        run(compiled, 3)
-        compile_s = time.perf_counter() - then
-        rows["compiled, CUDA graph"] = run(compiled, n)
-        profile(lambda: run(compiled, 1))
+        ways = {"compiled, CUDA graph": dict(mode="reduce-overhead"),  # a product with one row is a sum over columns: no tiles, all of the bandwidth
+                "products as sums": dict(options={"triton.cudagraphs": True, "coordinate_descent_tuning": True})}
+        compile_s = {}
+        for name, how in ways.items():
+            torch._dynamo.reset()
+            then = time.perf_counter()
+            compiled = torch.compile(model.forward, fullgraph=True, **how)
+            run(compiled, 3)
+            compile_s[name] = time.perf_counter() - then
+            rows[name] = run(compiled, n)
+            print(name, compile_s[name], statistics.median(rows[name]), flush=True)
+            profile(lambda: run(compiled, 1))
     medians = {name: statistics.median(s) for name, s in rows.items()}
     return {"T": T, "bandwidth_gb_s": bandwidth / 1e9, "floor_s": floor, "seconds": rows, "median_s": medians, "compile_s": compile_s,
             "times the floor": {name: s / floor for name, s in medians.items()}}
@@ -345,7 +394,7 @@ def decode_attention() -> dict:
     return {"rows": rows}
 
 
-SECTIONS = {"forms": forms, "layer": layer, "cold": cold, "train": train, "prefill": prefilling, "decode": decoding, "decode_attention": decode_attention}
+SECTIONS = {"forms": forms, "layer": layer, "cold": cold, "cold_model": cold_model, "train": train, "prefill": prefilling, "decode": decoding, "decode_attention": decode_attention}
 
 if __name__ == "__main__":
     flash_attn_from_torch()  # before anything imports fla
