@@ -272,7 +272,8 @@ def needles(
     alike: bool,     # all in one format, their values of one kind
 ) -> tuple[list[list[int]], list[tuple[list[int], list[int]]]]:
     "Sentences as tokens, and (question, answer) as tokens."
-    style, value, found = rng.choice(formats), rng.choice(_values), {}
+    style, value = rng.choice(formats), rng.choice(_values)
+    found: dict[str, tuple] = {}
     while len(found) < n: found.setdefault(_key(rng), ((value if alike else rng.choice(_values))(rng), style if alike else rng.choice(formats)))
     pairs = [(k, v, s) for k, (v, s) in found.items()]
     asked = rng.sample(pairs, questions)
@@ -301,8 +302,8 @@ def distance_row(
     tail = [t for q, a in asked for t in [*q, *a]]
     weight = [w for q, a in asked for w in [.1] * len(q) + [answer_weight] * len(a)]
     while sum(map(len, said)) + len(tail) > T - 16 and len(asked) > 1:  # too much for a short row
-        q, a = asked.pop()
-        tail, weight = tail[:-len(q) - len(a)], weight[:-len(q) - len(a)]
+        cut = sum(map(len, asked.pop()))
+        tail, weight = tail[:-cut], weight[:-cut]
     if sum(map(len, said)) + len(tail) > T - 16: return distance_row(rng, tokenizer, prose, T)
     size = T - len(tail) - sum(map(len, said))
     a = rng.randrange(max(1, len(prose.ids) - size))
@@ -551,7 +552,7 @@ def load_pool(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
 # %% ../nbs/12b_long_recall.ipynb #a7f81fde
 def _row(problems: list, T: int, pad: int) -> np.ndarray:
     "(3, T): tokens, weights, positions that begin anew with each problem."
-    out = np.zeros((3, T), np.int64)
+    out: np.ndarray = np.zeros((3, T), np.int64)
     out[0] = pad
     at = 0
     for ids, known in problems:
@@ -579,10 +580,14 @@ def filled(
             these, n = [i for i in order if low < len(pool[i][0]) <= T], max(1, plan.tune_tokens // T)
             batches += [(T, [[i] for i in these[a:a + n]]) for a in range(0, len(these) - n + 1, n)]
     else:
-        T, rows, left = plan.packed, [[]], plan.packed
+        T = left = plan.packed
+        rows: list[list[int]] = [[]]
         for i in order:
-            if len(pool[i][0]) > left: rows.append([]); left = T
-            rows[-1].append(i); left -= len(pool[i][0])
+            if len(pool[i][0]) > left:
+                rows.append([])
+                left = T
+            rows[-1].append(i)
+            left -= len(pool[i][0])
         n = max(1, plan.tune_tokens // T)
         batches = [(T, rows[a:a + n]) for a in range(0, len(rows) - n, n)]
     rng.shuffle(batches)
@@ -700,7 +705,8 @@ def scored(
                 said = (logits.argmax(-1) == x[b, start:end]).cpu().numpy()
                 tokens.append(np.pad(said, (0, longest - n), constant_values=True))
                 found.append(looked_up(at_choices, choices))
-            exact.append(tokens), look.append(found)
+            exact.append(tokens)
+            look.append(found)
     return cell(np.array(exact), np.array(look))
 
 # %% ../nbs/12b_long_recall.ipynb #cb22e93b
@@ -727,9 +733,10 @@ def held_out(
     seed: int,
 ) -> list[traces.Problem]:
     "Problems that no pool holds, as many of each kind; their told solutions fit into the room."
-    out = []
+    out: list[traces.Problem] = []
     for kind in traces.kinds:
-        source, mine = traces.problems(f"held out {seed}", near, among=(kind,)), []
+        source = traces.problems(f"held out {seed}", near, among=(kind,))
+        mine: list[traces.Problem] = []
         while len(mine) < -(-n // len(traces.kinds)):
             p = next(source)
             if room < 100 or len(tokenizer(p.completion)["input_ids"]) < room - 32: mine.append(p)

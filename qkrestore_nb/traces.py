@@ -62,19 +62,22 @@ def countdown(rng: random.Random, near: bool, words: bool, steps: int) -> Proble
         if not moves: return None
         a, _, b, c = moves[0]
         rest = list(left)
-        rest.remove(a), rest.remove(b)
+        rest.remove(a)
+        rest.remove(b)
         left = (*rest, c)
     target = left[0]
     prompt = (f"Reach {say(target)} from the numbers {_listed(map(say, numbers))}. Use each number once; plus, minus and times are allowed. "
               "Think step by step, go back where a way fails, and check the answer.")
-    lines, way = [], []
+    lines: list[str] = []
+    way: list[tuple] = []
 
     def search(left) -> bool:
         if len(lines) > 2 * steps: return False
         if len(left) == 1: return left[0] == target
         for a, sign, b, c in _moves(left, rng):
             rest = list(left)
-            rest.remove(a), rest.remove(b)
+            rest.remove(a)
+            rest.remove(b)
             now = (*rest, c)
             here = f"I have {_listed(map(say, left))} and want {say(target)}. " if near else ""
             there = f"Now I have {_listed(map(say, now))}." if near or len(now) == 1 else "I go on."
@@ -120,7 +123,8 @@ def graph(rng: random.Random, near: bool, words: bool, steps: int) -> Problem | 
     start, end = places[0], places[-1]
     told = " ".join(f"From {p} one can go to {_listed(roads[p])}." for p in places)
     prompt = f"{told} Find a way from {start} to {end}. Think step by step, go back where a way fails, and check the answer."
-    lines, way, seen = [], [start], {start}
+    lines: list[str] = []
+    way, seen = [start], {start}
 
     def search() -> bool:
         here = way[-1]
@@ -132,7 +136,8 @@ def graph(rng: random.Random, near: bool, words: bool, steps: int) -> Problem | 
                 lines.append(f"I have seen {x} already." if near else f"At {here}: {x} is known.")
                 continue
             lines.append(f"Go to {x}.")
-            seen.add(x), way.append(x)
+            seen.add(x)
+            way.append(x)
             if len(lines) < 3 * steps and search(): return True
             way.pop()
             lines.append(f"{x} leads nowhere new. Go back to {here}." if near else "Go back.")
@@ -177,7 +182,7 @@ def sudoku(rng: random.Random, near: bool, words: bool, steps: int) -> Problem |
     shown = lambda: "; ".join(row_of(r) for r in range(4))
     prompt = (f"In a sudoku of four by four, {shown()}. Every row, column and box has each of {_listed(map(say, range(1, 5)))} once. "
               "Fill it. Think step by step, go back where a way fails, and check the answer.")
-    lines = []
+    lines: list[str] = []
 
     def search() -> bool:
         blank = next(((r, c) for r in range(4) for c in range(4) if not grid[r][c]), None)
