@@ -201,6 +201,14 @@ def compiled(
         for layer in layers: layer._compiled_call_impl = None
 
 # %% ../nbs/06_training.ipynb #138b96d4
+def _shared(model):
+    "Gradients averaged over the processes of torch.distributed, where there are several."
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    for work in [torch.distributed.all_reduce(g, async_op=True) for g in grads]: work.wait()
+    torch._foreach_div_(grads, torch.distributed.get_world_size())
+
+
 def train(
     model,                     # trained in place
     batch: Callable,           # step -> ids, weights
@@ -218,7 +226,8 @@ def train(
     pull: float = 0.,          # times the rate: what a step takes back of the way from the weights at the start (decoupled L2-SP)
     loss: Callable = weighted_loss,    # (model, ids, weights) -> what is made small
 ) -> list[dict]:
-    "Train with AdamW and a cosine to 10%; returns the log: step, loss, tokens_per_s. Interrupted runs resume with the same batches."
+    """Train with AdamW and a cosine to 10%; returns the log: step, loss, tokens_per_s. Interrupted runs resume with the same batches.
+    Where torch.distributed has begun, each process gives its own batches, and gradients are averaged."""
     device = next(model.parameters()).device
     groups: dict[tuple[bool, float], list] = {}
     for name, p in model.named_parameters():
@@ -245,6 +254,7 @@ def train(
             ids, weights = ids.to(device, non_blocking=True), weights.to(device, non_blocking=True)
             with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"): value = loss(model, ids, weights)
             scaler.scale(value).backward()
+            _shared(model)
             scaler.unscale_(opt)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
             rate_now = schedule.get_last_lr()[0]

@@ -1,12 +1,5 @@
 "A transformer made a hybrid: exact copies, refusals, stages that resume, batches that repeat, and the whole path on a tiny model."
-import json
-import os
-import shutil
-import subprocess
 import sys
-from pathlib import Path
-from types import SimpleNamespace
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,7 +9,6 @@ from conftest import small_tokenizer
 from qkrestore_nb import distill as d
 from qkrestore_nb.checkpoints import CheckpointError
 
-ROOT = Path(__file__).parent.parent
 SMALL = dict(vocab_size=1000, hidden_size=96, intermediate_size=128, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, head_dim=16, initializer_range=.2, bos_token_id=0, eos_token_id=0)
 TEACHERS = dict(llama=LlamaConfig(**SMALL), llama_tied=LlamaConfig(**SMALL, tie_word_embeddings=True), llama_biased=LlamaConfig(**SMALL, attention_bias=True), qwen2=Qwen2Config(**SMALL), qwen3=Qwen3Config(**SMALL))
 
@@ -205,83 +197,3 @@ def test_rows_of_a_group_are_of_one_length():
             assert len(g) == 1 or len(g) * max(lengths[i] for i in g) <= tokens
             assert min(lengths[i] for i in g) >= .8 * max(lengths[i] for i in g)
     assert [len(g) for g in groups] == [1, 3, 3, 2] and d._groups([], 5) == []
-
-
-@pytest.mark.slow
-def test_the_whole_path(tmp_path):
-    "Every stage of benchmarks/studies/real_model.py on a tiny teacher, stopped after the first minute's budget of nothing and gone on with; then from its hybrid."
-    pytest.importorskip("reasoning_gym")
-    script, env = [sys.executable, str(ROOT / "benchmarks" / "studies" / "real_model.py")], os.environ | dict(PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
-    command = [*script, str(tmp_path / "runs"), str(tmp_path / "out"), "--profile", "tiny"]
-    first = subprocess.run([*command, "layers", "texts-0", "--minutes", "0"], capture_output=True, text=True, env=env)
-    assert "time is up" in first.stdout and not list((tmp_path / "out").iterdir())
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "out").glob("*.json")}
-    assert {"questions", "layers", "teacher", "texts-0", "texts-1", "align", "distil", "long", "hybrid", "range", "data", "soft", "sft-seed0", "repair-seed0", "chat-seed0", "where-seed0", "wherestrong-seed0", "fresh-seed0", "repeated-seed0", "lora-seed0", "strong-seed0", "middle-seed0", "soft-seed0", "softstrong-seed0", "nopestrong-seed0", "softchat-seed0", "softfresh-seed0", "nope", "nope-long", "nope-hybrid", "nope-seed0"} == results.keys()
-    for r in results.values(): assert {"seed", "config", "versions", "device", "wall_s"} <= r.keys()
-    where = results["where-seed0"]["scores"]
-    assert len(where) == 2 + 2 + 5 * 3 and {"alone: none", "back: none", "back: layers to 2", "alone: MLP 1", "back: mixer 0"} <= where.keys() and {c["n"] for s in where.values() for c in s["single_3"].values()} == {1}
-    assert all(set(x) == {"multikey_1", "single_2"} for x in results["wherestrong-seed0"]["scores"].values())
-    assert set(results["repair-seed0"]["scores"]) == {"pre", "post"} and set(results["strong-seed0"]["scores"]) == {"pre", "post", "restored"} and not list((tmp_path / "runs").glob("*.part"))
-    words = results["strong-seed0"]["words"]["post"]
-    assert set(words) == {"single_1", "single_2", "single_3", "multikey_1"} and all(w["answer"] and isinstance(w["said"], str) for said in words.values() for w in said)
-    assert all(0 <= r["single_3"]["600"]["copied"] <= 1 for r in results["strong-seed0"]["scores"].values())
-    again = subprocess.run([*script, str(tmp_path / "runs2"), str(tmp_path / "out2"), "--profile", "tiny", "--hybrid", str(tmp_path / "runs" / "long")], capture_output=True, text=True, env=env, timeout=300)
-    assert again.returncode == 0, again.stderr[-3000:]
-    assert json.loads((tmp_path / "out2" / "hybrid.json").read_text())["scores"] == results["hybrid"]["scores"]
-    (tmp_path / "out" / "soft.json").unlink(), shutil.rmtree(tmp_path / "runs" / "soft")
-    beside = subprocess.run([*command, "--at-once", "2"], capture_output=True, text=True, env=env, timeout=300)
-    assert beside.returncode == 0 and beside.stdout.split() == ["==", "soft:", beside.stdout.split()[2], "s"], beside.stdout + beside.stderr[-3000:]
-    (go,) = json.loads((tmp_path / "out" / "timeline.json").read_text())["goes"]
-    assert [r["stage"] for r in go["ran"]] == ["soft"] and go["at_once"] == 2
-    wrong = subprocess.run([*command, "repare"], capture_output=True, text=True, env=env)
-    assert wrong.returncode == 2 and "no stage is called repare: choose from texts-0, texts-1" in wrong.stderr
-
-
-def test_side_by_side(tmp_path):
-    """Every stage starts after what it waits for, the first that can comes first, never more at once on a GPU than asked; what makes the hybrid has the first GPU to itself, and texts
-    that are drawn have theirs; after a failure nothing new starts."""
-    sys.path.insert(0, str(ROOT / "benchmarks" / "studies"))
-    try: import real_model
-    finally: sys.path.pop(0)
-    names = list(real_model.stages(SimpleNamespace(recipe=real_model.GPU)))
-
-    def go(gpus, bad=None, late=None):
-        finished, running, started = set(), {}, []
-
-        class Process:
-            def __init__(self, name): self.name, self.left, self.returncode = name, 3 if name.startswith(("texts", "distil")) else 2, None
-            def poll(self):
-                self.left -= 1
-                if self.left > 0: return None
-                running.pop(self.name)
-                if self.name != late: finished.add(self.name)
-                self.returncode = int(self.name == bad)
-                return self.returncode
-
-        def start(name, gpu):
-            assert real_model.waits_for(name, 2) <= finished and 0 <= gpu < gpus
-            started.append(name)
-            running[name] = gpu
-            beside = [n for n, g in running.items() if g == gpu and n not in ("questions", "layers", "data")]
-            assert len(beside) <= 3 and (len(beside) < 2 or not {"align", "distil", "long", "texts-0", "texts-1"} & set(beside))
-            if gpu == 0 and not {"align", "distil", "long"} <= finished: assert name in ("questions", "layers", "data", "align", "distil", "long") or name.startswith("texts")
-            most[gpu] = max(most[gpu], len(beside))
-            return Process(name)
-
-        most = [0] * gpus
-        looked = []
-        with patch("real_model.time.sleep"): ran, failed = real_model.side_by_side(start, names, finished.__contains__, 2, 3, float("inf"), gpus, lambda ran: looked.append(len(ran)))
-        assert looked == list(range(1, len(ran) + 1))
-        assert sorted(started) == sorted(r["stage"] for r in ran) and all(r["begin"] <= r["end"] for r in ran)
-        return started, most, failed
-
-    for gpus in (1, 2):
-        started, most, failed = go(gpus)
-        assert sorted(started) == sorted(names) and most == [3] * gpus and not failed and started[0] == "texts-0"
-        assert (started.index("texts-1") < started.index("layers")) == (gpus == 2)
-        started, _, failed = go(gpus, bad="layers")
-        assert failed == ["layers"] and not {"align", "distil", "long", "repair-seed0"} & set(started)
-        started, _, failed = go(gpus, late="hybrid")  # no failure: what can goes on, what waits for it is left
-        assert not failed and {"sft-seed0", "nope-seed0", "softstrong-seed2", "soft-seed0"} <= set(started) and not {"repair-seed0", "lora-seed0"} & set(started)
