@@ -84,7 +84,7 @@ def rank_correlation(
     x: Iterable[float],
     y: Iterable[float],  # as many
     families: Iterable[str] | None = None,  # of each pair: what belongs together is drawn together; None: every pair alone
-    samples: int = 4000,
+    samples: int = 1000,
     seed: int = 0,
 ) -> RankCorrelation:
     "Over pairs. Raises ValueError for fewer than five of them."

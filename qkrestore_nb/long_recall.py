@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,10 @@ from .prose import local_text, prose_test
 from .training import compiled, train
 from .variants import variant
 
+if TYPE_CHECKING:
+    from IPython.display import Markdown
+    from matplotlib.figure import Figure
+
 # %% ../nbs/12b_long_recall.ipynb #5ec7eade
 def _share(scores: dict, T: int, count: str = "lookup") -> float:
     "Percent right of a variant at a length, mean over the kinds that have it."
@@ -46,7 +51,7 @@ def curve(
     found: dict[str, dict],  # name of a file -> record
     names: list[str],        # of fine-tunings
     count: str = "lookup",
-):
+) -> "Figure | None":
     "Recall against length before SFT, after it and restored, a panel for each fine-tuning that has results."
     import matplotlib.pyplot as plt
     from qkrestore_nb.core import colors
@@ -72,7 +77,7 @@ def curve(
 def contrasts(
     found: dict[str, dict],  # name of a file -> record
     T: int = 16384,
-):
+) -> "Markdown | None":
     "A table: damage and what each repair recovers at a length, a row for each fine-tuning and seed. None without results."
     from IPython.display import Markdown
     if "pre-seed0" not in found: return None

@@ -53,7 +53,7 @@ def _moves(numbers: tuple[int, ...], rng) -> list[tuple[int, str, int, int]]:
 
 
 def countdown(rng: random.Random, near: bool, words: bool, steps: int) -> Problem | None:
-    "Join all numbers to reach a target, depth first, going back where it fails. None where the search is far from `steps`."
+    "Join all numbers to reach a target, depth first, with a retreat where it fails. None where the search is far from `steps`."
     say = in_words if words else str
     numbers = tuple(rng.randint(2, 25) for _ in range(4))
     target, left = 0, numbers
@@ -173,7 +173,7 @@ def _drawn_grid(rng) -> list[list[int]]:
 
 
 def sudoku(rng: random.Random, near: bool, words: bool, steps: int) -> Problem | None:
-    "Fill a four by four grid, cell by cell, going back where nothing fits. None where the search is far from `steps`."
+    "Fill a four by four grid, cell by cell, with a retreat where nothing fits. None where the search is far from `steps`."
     say = (lambda n: in_words(n) if n else "blank") if words else (lambda n: str(n) if n else "blank")
     grid = _drawn_grid(rng)
     for r, c in rng.sample([(r, c) for r in range(4) for c in range(4)], rng.randint(8, 12)): grid[r][c] = 0

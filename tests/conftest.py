@@ -23,8 +23,7 @@ def pytest_collection_modifyitems(items):
         if why := _too_old(item.name): item.add_marker(pytest.mark.skip(reason=why))
 
 
-LATER = {"transformers": ((5, 24), ("kimi_linear", "bailing_hybrid", "lfm3", "lara_mini", "zamba2", "latent_attention", "mla_is_recorded")),
-         "torch": ((2, 7), ("compiles_in_one_graph", "compiled_inside_the_block"))}
+LATER = {"transformers": ((5, 24), ("kimi_linear", "bailing_hybrid", "lfm3", "lara_mini", "zamba2", "latent_attention", "mla_is_recorded"))}
 
 
 @cache
@@ -33,7 +32,7 @@ def _have(package: str) -> tuple[int, ...]:
 
 
 def _too_old(test: str) -> str:
-    "Families that came into transformers after the oldest that we allow, and what the oldest torch cannot trace."
+    "Families that came into transformers after the oldest that we allow."
     late = (f"{p} {'.'.join(map(str, _have(p)))} is too old" for p, (new, names) in LATER.items() if _have(p) < new and any(n in test for n in names))
     return next(late, "")
 

@@ -65,7 +65,11 @@ def test_needs_count_what_every_family_keeps(read):
     config, model, out, _ = read
     n, cache = scale.needs(config, LONG), getattr(out, "cache", None)
     assert n["parameters"] == sum(p.numel() for p in model.parameters())
-    if cache is None and config.model_type == "recurrent_gemma": return  # it keeps its states in its modules
+    if cache is None and config.model_type == "recurrent_gemma":  # it keeps its states in its modules, and the keys and values of a window
+        inside = sum(x.numel() * x.element_size() for m in model.modules() for k, x in vars(m).items() if k in ("recurrent_states", "conv1d_state"))
+        window = sum(4 * m.k_proj.out_features * config.attention_window_size for m in model.modules() if hasattr(m, "k_proj"))
+        assert inside and (n["states_gb"], n["kv_gb"]) == (pytest.approx(inside / 1e9), pytest.approx(window / 1e9))
+        return
     sizes = dict(kv=0, states=0)
     for name, x in in_a_cache(cache):
         if x.dim() > 1: sizes["kv" if name in ("keys", "values") else "states"] += x.numel() * x.element_size()

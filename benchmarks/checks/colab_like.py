@@ -1,7 +1,7 @@
 """Every notebook from top to bottom in an environment made as Colab's is: no nbdev, the versions that are there already are kept.
 
     python benchmarks/checks/colab_like.py --python python3.13 --out results/colab-like.json
-    python benchmarks/checks/colab_like.py --python python3.12 --have torch==2.6.0 transformers==5.15.0 safetensors==0.8.0 matplotlib==3.8.0 tqdm==4.66.0 typer==0.16.0 accelerate==1.10.1 --extra "" --out results/oldest-versions.json
+    python benchmarks/checks/colab_like.py --python python3.12 --have torch==2.7.0 transformers==5.15.0 safetensors==0.8.0 matplotlib==3.8.0 tqdm==4.66.0 typer==0.16.0 accelerate==1.10.1 --extra "" --out results/oldest-versions.json
 
 First what Colab has (--have), then the package with the extra that the notebooks' second cell asks for, then all cells of all notebooks,
 one notebook at a time, each in a kernel of its own. The checkout is copied first; nothing in it is touched."""

@@ -1,7 +1,7 @@
 """The core tests under one Python and one choice of versions; a row of results/matrix.json for each call.
 
-    python3.13 benchmarks/checks/matrix.py results/matrix.json --versions newest
-    python3.11 benchmarks/checks/matrix.py results/matrix.json --versions lowest    # that pyproject.toml allows
+    python benchmarks/checks/matrix.py results/matrix.json --versions newest
+    python benchmarks/checks/matrix.py results/matrix.json --versions lowest    # that pyproject.toml allows
 
 Installs into a fresh environment with uv, which must be on the path. Not all tests: those of the library's core, which
 need no browser, no compiler and no other program. CI runs the rest."""

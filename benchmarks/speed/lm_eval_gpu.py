@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast, StaticCache
 from qkrestore_nb.core import provenance
 from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM
 from qkrestore_nb.prose import local_text, prose_test, score
-from qkrestore_nb.scale import _greedy, ask, compiled_step, lm_eval_scores
+from qkrestore_nb.scale import ask, compiled_step, continued, lm_eval_scores
 
 TASKS = ["niah_single_1", "niah_single_2", "niah_multikey_1"]
 GPU = torch.cuda.is_available()
@@ -80,7 +80,7 @@ def by_us(model, tokenizer, prompts: list[str], room: int) -> tuple[list[str], f
 
     def said(x):
         cache.reset()
-        return tokenizer.decode(_greedy(model, x, cache, room, {tokenizer.eos_token_id}, step))
+        return tokenizer.decode(continued(model, x, cache, room, {tokenizer.eos_token_id}, step))
 
     with torch.no_grad():
         said(ids[0])  # the program is compiled once
