@@ -11,7 +11,7 @@ from prepare import ROOT, addresses
 
 PLACEHOLDERS = ("example.com", "example.org", "example.net", "localhost", "127.0.0.1", ".test", ".invalid", ".example",
                 ".local")
-MADE = ("api", "log", "404", "genindex", "search")  # pages without a notebook
+MADE = ("versions.html", "api", "log", "404", "genindex", "search")  # pages without a notebook
 FILES = {"link": "href", "img": "src", "script": "src"}
 
 
