@@ -73,14 +73,13 @@ def _tensors(x) -> Iterator:
         for v in x.values() if isinstance(x, dict) else x: yield from _tensors(v)
 
 
-def _kept(out, model) -> tuple[list[tuple[int, int | None]], int]:
+def _kept(out, model, by_config: list[tuple[int, int | None]]) -> tuple[list[tuple[int, int | None]], int]:
     "What a model has kept of a text that it has read: (bytes a token, tokens at most) of keys and values, and bytes of states."
     import torch
     cache, kv, states = getattr(out, "cache", None) or getattr(out, "past_key_values", None), [], 0
     if cache is None:  # RecurrentGemma keeps its states in its modules, and hands out no keys and values
         inside = [x for m in model.modules() for x in vars(m).values() if isinstance(x, torch.Tensor)]
-        c = model.config.to_dict()
-        return _kept_by_config(text_config(c), layer_kinds(c)), sum(x.numel() * x.element_size() for x in inside)
+        return by_config, sum(x.numel() * x.element_size() for x in inside)
     for part in [cache, *cache.layers]:
         window = getattr(part, "sliding_window", None)
         for name, x in vars(part).items():
@@ -115,10 +114,11 @@ def _counts(config) -> tuple[int, int, list[tuple[int, int | None]], int]:
     if (key := (type(config), config.name_or_path, config.to_json_string())) not in _counted:
         model = built(config)
         total, active = (sum(p.numel() for p in model.parameters()),) * 2
-        kept = _kept_by_config(text_config(config.to_dict()), layer_kinds(config.to_dict())), 0
+        by_config = _kept_by_config(text_config(config.to_dict()), layer_kinds(config.to_dict()))
+        kept = by_config, 0
         try:
             out, active = _read(model)
-            kept = _kept(out, model)
+            kept = _kept(out, model, by_config)
         except Exception as e: logging.getLogger(__name__).info("counted by the config: %r", e)  # code that wants numbers, or keeps them elsewhere
         _counted[key] = total, active, *kept
     return _counted[key]

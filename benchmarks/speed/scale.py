@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from many_gpus import chains
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -109,15 +110,6 @@ def watched(command: list[str]) -> tuple[float, float]:
                            *command], capture_output=True, text=True)
     if done.returncode: raise RuntimeError(done.stdout + done.stderr)
     return time.perf_counter() - then, int(done.stderr.split()[-1]) / 1024
-
-
-def chains(file: Path, n: int, seed: int = 0):
-    "Conversations of 100 to 700 tokens in random words: what is said has no bearing on the time it takes."
-    rng, words = random.Random(seed), local_text()
-    with open(file, "w") as f:
-        for _ in range(n):
-            said = lambda k: " ".join(rng.choices(words, k=k))
-            f.write(json.dumps(dict(prompt=said(20), completion=said(rng.randint(40, 320)))) + "\n")
 
 
 def tuning(out: Path, steps: int = 10, rows: int = 8):
