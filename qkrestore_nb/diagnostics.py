@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['query_blocks', 'recorded', 'rows_of', 'groups_of_one_length', 'positions_of', 'rows_loss', 'bin_edges', 'fit_decay',
-           'GradientRange', 'finite_gradient', 'layer_filter', 'explain_no_layers', 'loss_factor', 'passes',
-           'gradient_range', 'recall_batch', 'autocorrelation']
+           'GradientRange', 'finite_gradient', 'layer_filter', 'explain_no_layers', 'loss_factor', 'tensor_cores',
+           'passes', 'gradient_range', 'recall_batch', 'autocorrelation']
 
 # %% ../nbs/07_gradient_range.ipynb #77b35bad
 import math
@@ -30,10 +30,15 @@ def _skewed_sum(
     return (skewed.sum(1) if signed else torch.linalg.vector_norm(skewed, ord=1, dim=1)).flip(-1)
 
 
-def query_blocks(T: int, rows: int, device) -> range:
-    "Starts of blocks of queries, such that a block's logits against all keys stay near 64 MB on a GPU and in the cache on a CPU."
-    cells = 2 ** 24 if device.type == "cuda" else 2 ** 19
-    return range(0, T, max(16, min(256, cells // (rows * T))))
+def query_blocks(
+    T: int,           # keys
+    rows: int,        # heads times sequences
+    device,
+    most: int = 256,  # queries in a block
+) -> range:
+    "Starts of blocks of queries, such that a block's logits against all keys stay near 256 MB on a GPU and in the cache on a CPU."
+    cells = 2 ** 26 if device.type == "cuda" else 2 ** 19
+    return range(0, T, max(16, min(most, cells // (rows * T))))
 
 
 def _softmax_by_distance(q, k, v, o, do, scale, mask=None, signed=False) -> torch.Tensor:
@@ -376,6 +381,15 @@ def loss_factor(model) -> float:
     return 2. ** 10 if next(model.parameters()).dtype == torch.float16 else 1.
 
 
+@contextmanager
+def tensor_cores(model) -> Iterator[None]:
+    "Products of float32 on tensor cores while a model in half precision is measured: its q, k, v have no more digits than TF32."
+    before = torch.backends.cuda.matmul.allow_tf32
+    if next(model.parameters()).dtype in (torch.float16, torch.bfloat16): torch.backends.cuda.matmul.allow_tf32 = True
+    try: yield
+    finally: torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def passes(
     model,
     rows: list[tuple],  # of `rows_of`
@@ -388,7 +402,7 @@ def passes(
 ) -> Iterator[tuple[list[int], float]]:
     "Forward and backward of the batch's mean loss, rows of equal length together: which rows, and their part of the loss."
     whole = sum(float(row[2].sum()) for row in rows)
-    with recorded(model, on_softmax, None if layers in (None, "softmax") else on_linear), torch.enable_grad():
+    with tensor_cores(model), recorded(model, on_softmax, None if layers in (None, "softmax") else on_linear), torch.enable_grad():
         for group in groups_of_one_length(rows, tokens):
             found.clear()
             loss = rows_loss(model, [rows[i] for i in group], whole)

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['json_lines', 'read_chats', 'recall_chats', 'encode_chat', 'packed_rows', 'summed_loss', 'leaks', 'loss_in_pieces',
-           'training_needs', 'qk_modules', 'finetune']
+           'training_needs', 'ended_elsewhere', 'qk_modules', 'finetune']
 
 # %% ../nbs/13a_finetune.ipynb #557cb9da
 import hashlib
@@ -321,16 +321,30 @@ def _looked_through(data, tokenizer, T: int, first: int = 1000) -> dict:
     return dict(conversations=seen, longer=cut, tokens_cut=lost)
 
 
+def ended_elsewhere(e: BaseException) -> bool:
+    "Whether this is how torch.distributed says that another process of the run has ended."
+    return isinstance(e, RuntimeError) and any(w in str(e) for w in ("closed by peer", "reset by peer", "imed out", "remote process"))
+
+
 @contextmanager
 def _held(run: Path, recipe: dict):
-    "The folder of a run, which nobody else uses meanwhile; what stops says how to go on."
+    "The folder of a run, which nobody else uses meanwhile."
     run.mkdir(exist_ok=True)
     with locked(run, f"another run is at work in {run}: wait until it is done, or choose another name"):
         write_whole(run / "recipe.json", [json.dumps(recipe, indent=1).encode()])
-        try: yield
-        except BaseException as e:
-            if not isinstance(e, CheckpointError): e.add_note(f"the same command goes on from {s.name.replace('-', ' ')}" if (s := _latest(run)) else "no state was saved yet")
-            raise
+        yield
+
+
+@contextmanager
+def _onward(run: Path):
+    "What stops a run says how to go on."
+    try: yield
+    except CheckpointError: raise
+    except BaseException as e:
+        how = f"the same command goes on from {s.name.replace('-', ' ')}" if (s := _latest(run)) else "no state was saved yet"
+        if ended_elsewhere(e): raise CheckpointError(f"another process of this run has ended, its own message says why: {how}") from e
+        e.add_note(how)
+        raise
 
 # %% ../nbs/13a_finetune.ipynb #666617c6
 def _digest(data: str | Path) -> str:
@@ -444,7 +458,7 @@ def finetune(
     cut = _looked_through(data, tokenizer, T)
     if recall: next(recall_chats(tokenizer, T - 32, seed))  # do haystacks fit?
     report = _tracker(accelerator, report_to, run, recipe)
-    with _held(run, recipe) if accelerator.is_main_process else nullcontext():
+    with _onward(run), _held(run, recipe) if accelerator.is_main_process else nullcontext():
         set_seed(seed)
         numbers = getattr(torch, dtype) if rank and cuda else torch.float32
         how = dict(quantization_config=_four_bits(numbers)) if four_bit else {}

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from .checkpoints import CheckpointError
+from .finetune import ended_elsewhere
 from .hypenet import LightningAttention
 from .linear_attention import decay_slopes, linear_attention
 from .softmax_attention import fused_attention, rope_angles
@@ -90,7 +91,7 @@ def in_order(
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from PyTorch 2.13 on
     try: gather(everyone, both)
     except RuntimeError as e:
-        if not any(w in str(e) for w in ("closed by peer", "reset by peer", "imed out", "remote process")): raise
+        if not ended_elsewhere(e): raise
         raise CheckpointError("another process of this reading has ended: its own message says why; "
                               "start all of them again") from e
     everyone = everyone.unflatten(0, (cards, 2))

@@ -41,7 +41,8 @@ def _by_bin(
     "The parts of dL/dq, dL/dk, dL/dv and o that come from pairs in one bin of distances, shaped like q, k, v, o."
     (N, G, T, _), t = q.shape, torch.arange(q.shape[2], device=q.device)
     dq, o, dk, dv = torch.zeros_like(q), torch.zeros_like(do), torch.zeros_like(k), torch.zeros_like(v)
-    block = query_blocks(max(1, min(T, far - near + 256)), N * G, q.device).step
+    most = 1024 if q.device.type == "cuda" else 256  # a kernel costs a GPU as much to start as to run, when the bin is narrow
+    block = query_blocks(max(1, min(T, far - near + most)), N * G, q.device, most).step
     for first in range(near, T, block):
         n = min(block, T - first)
         rows, columns = slice(first, first + n), slice(max(0, first - far + 1), first + n - near)
@@ -337,19 +338,6 @@ def _total(found: Iterator[dict], total: dict, layer: int) -> np.ndarray:
                 bins[i] += parts[r].sum(0)
     return torch.stack([torch.stack(n) for n in norms], -1).permute(1, 0, 2).cpu().numpy()
 
-
-@contextmanager
-def _tensor_cores(model) -> Iterator[None]:
-    """Products of float32 on tensor cores while a model in half precision is measured: its q, k, v have no more
-    digits than TF32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    if next(model.parameters()).dtype in (torch.float16, torch.bfloat16):
-        torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
 # %% ../nbs/07a_projections.ipynb #486b530a
 def projection_gradients(
     model,  # any causal language model of transformers with q_proj, k_proj, v_proj, o_proj; left as it was
@@ -400,7 +388,7 @@ def projection_gradients(
     def on_linear(layer, q, k, v, o, decay):
         watch(layer, "linear", *(x.transpose(1, 2) for x in (q, k, v)), o, decay=decay)
 
-    with _watched(model) as seen, _tensor_cores(model):
+    with _watched(model) as seen:
         for group, value in passes(model, rows, layers, tokens, on_softmax, on_linear, kinds, found):
             loss += value
             for layer, norms in found.items():

@@ -733,6 +733,19 @@ def test_no_pickle_is_opened(base, tmp_path):
     assert same(load(tmp_path / "post"), load(tmp_path / "whole"))
 
 
+def test_a_process_that_ends_elsewhere(base, tmp_path):
+    "What torch.distributed says then is a sentence; another error of the machine stays what it is."
+    def lost(said):
+        def look(step, loss):
+            if step == 5: raise RuntimeError(said)
+        return look
+    with pytest.raises(CheckpointError, match="another process of this run has ended, .*: the same command goes on from state 4") as e:
+        tune(base, tmp_path / "post", look=lost("[pair.cc:547] Connection closed by peer [127.0.0.1]:4711"))
+    assert len(str(e.value)) <= 160
+    with pytest.raises(RuntimeError, match="out of paper") as e: tune(base, tmp_path / "post", look=lost("out of paper"))
+    assert not isinstance(e.value, CheckpointError) and e.value.__notes__ == ["the same command goes on from state 4"]
+
+
 def test_an_adapter_goes_on_as_if_nothing_had_been(base, tmp_path):
     with pytest.raises(KeyboardInterrupt): tune(base, tmp_path / "post", look=stop_at(5), rank=4)
     kept = load_file(tmp_path / "post.run" / "state-4" / "part-0.safetensors")
