@@ -301,10 +301,11 @@ def test_needs_grow_and_shrink_as_they_should():
     nine = HypeNetConfig.preset("9B")
     total = lambda *a, **k: ft.training_needs(nine, *a, **k)["total_gb"]
     assert total(4096, 1) > total(4096, 2) > total(4096, 8) > 20 and total(8192, 8) > total(4096, 8) and total(4096, lora=True) < total(4096, 1) / 3
-    measured = json.loads((Path(__file__).parent.parent / "results" / "scale" / "fsdp_2b.json").read_text())["rows"]
-    assert {r["gpus"] for r in measured} == {1, 2}
-    for r in measured:  # on H100: never more than computed, and not much less
-        assert {1: .95, 2: .8}[r["gpus"]] < r["peak_gpu_gb"] / r["needs_gb"] < 1
+    runs = [json.loads(p.read_text()) for p in (Path(__file__).parent.parent / "results" / "scale").glob("fsdp_*.json")]
+    rows = [(len(r["job"]["cards"]), max(filter(None, r["peak_gpu_gb"])) / r["needs_gb"]) for run in runs for r in run["rows"]]
+    assert {cards for cards, _ in rows} >= {1, 2, 4}
+    for cards, share in rows: assert {1: .95, 2: .8, 4: .7}[cards] < share < 1  # never more than computed, and not much less
+
 
 
 # ---- remedies during training, and data as people keep them

@@ -1,6 +1,6 @@
 """HypeNet's published shapes at full size with random weights, on a GPU machine: `python benchmarks/speed/scale.py OUT [section ...]`.
 
-Sections: 2b 5b 9b (prefill and answers at 128K and 256K), fsdp_2b (fine-tuning on one GPU and on all that there are), restore_9b (a pair of
+Sections: 2b 5b 9b (prefill and answers at 128K and 256K), restore_9b (a pair of
 17.7 GB checkpoints on this machine's disk), pro_9b (QK-Pro of all softmax layers on the GPU). One json each in OUT; what is finished is
 written at once. LENGTHS, BIG (a folder for the large files) and TINY (a dry run anywhere) are environment variables."""
 import gc
@@ -16,13 +16,11 @@ import time
 from pathlib import Path
 
 import torch
-from many_gpus import chains
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
 from qkrestore_nb.core import provenance
 from qkrestore_nb.families import planned_tensors
-from qkrestore_nb.finetune import training_needs
 from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM
 from qkrestore_nb.procrustes import qk_pro
 from qkrestore_nb.prose import local_text, prose_test
@@ -112,38 +110,6 @@ def watched(command: list[str]) -> tuple[float, float]:
     return time.perf_counter() - then, int(done.stderr.split()[-1]) / 1024
 
 
-def tuning(out: Path, steps: int = 10, rows: int = 8):
-    "Fine-tuning the 2B on all GPUs, then with the same settings on the last: losses, seconds a step, memory. What stands in OUT already is kept."
-    gpus = sorted({1, max(1, torch.cuda.device_count())}, reverse=True) if DEVICE == "cuda" else [2, 1]
-    T, file = 256 if TINY else 4096, out / "fsdp_2b.json"
-    runs = json.loads(file.read_text())["rows"] if file.exists() else []
-    gpus = [n for n in gpus if n not in {r["gpus"] for r in runs}]
-    with tempfile.TemporaryDirectory(dir=os.environ.get("BIG")) as folder:
-        folder, model, words = Path(folder), make("2B"), tokenizer()
-        words.add_special_tokens(dict(eos_token="<|end|>"))
-        model.save_pretrained(folder / "pre"), words.save_pretrained(folder / "pre"), chains(folder / "chains.jsonl", 2000)
-        (folder / "qkrestore").write_text("from qkrestore_nb.cli import main\nmain()\n")  # what pip would put there
-        del model
-        gc.collect()
-        if DEVICE == "cuda": torch.cuda.empty_cache()
-        for n in gpus:
-            launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(n), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"] + ["--multi_gpu"] * (n > 1)
-            if DEVICE == "cpu": launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n)]
-            env = dict(os.environ, CUDA_VISIBLE_DEVICES=",".join(map(str, range(torch.cuda.device_count())[-n:]))) if DEVICE == "cuda" else os.environ
-            tune = [str(folder / "qkrestore"), "finetune", str(folder / "pre"), str(folder / "chains.jsonl"), str(folder / f"post{n}"), "--steps", str(steps), "--rows", str(rows), "--tokens", str(T)]
-            then = time.perf_counter()
-            subprocess.run(launch + tune, env=env, check=True, timeout=300)
-            done = json.loads((folder / f"post{n}" / "finetune.json").read_text())
-            step_s = statistics.median(r["seconds"] for r in done["log"][steps // 2:])
-            runs.append(dict(gpus=n, whole_s=time.perf_counter() - then, step_s=step_s, tokens_per_s=rows * T / step_s, peak_gpu_gb=done["peak_gpu_gb"],
-                             rows_at_once=done["config"]["rows_at_once"], needs_gb=training_needs(shape("2B"), T * done["config"]["rows_at_once"], n)["total_gb"], losses=[r["loss"] for r in done["log"]], seconds=[r["seconds"] for r in done["log"]]))
-            shutil.rmtree(folder / f"post{n}")
-            runs.sort(key=lambda r: -r["gpus"])
-            one = runs[-1]
-            record(out, "fsdp_2b", dict(size="2B", T=T, rows=rows, steps=steps, lr=1e-5, weights="random"), seconds={r["gpus"]: r["step_s"] for r in runs}, peak_gpu_gb={r["gpus"]: r["peak_gpu_gb"] for r in runs},
-                   ratio=one["step_s"] / runs[0]["step_s"], largest_difference_of_losses=max(abs(a - b) for a, b in zip(one["losses"], runs[0]["losses"])), rows=runs)
-
-
 def restoring(out: Path):
     "Restore a full-size pair on disk: time, memory, ratio to cp, and to cp with its bytes on the disk too."
     config = shape("9B")
@@ -189,7 +155,7 @@ def pro(out: Path):
            copying_s=statistics.median(plain), peak_gpu_gb=peak_gb(), rows=rows)
 
 
-SECTIONS = {"2b": lambda o: reading(o, "2B"), "5b": lambda o: reading(o, "5B"), "9b": lambda o: reading(o, "9B"), "fsdp_2b": tuning, "restore_9b": restoring, "pro_9b": pro}
+SECTIONS = {"2b": lambda o: reading(o, "2B"), "5b": lambda o: reading(o, "5B"), "9b": lambda o: reading(o, "9B"), "restore_9b": restoring, "pro_9b": pro}
 
 if __name__ == "__main__":
     out, chosen = Path(sys.argv[1]), [a for a in sys.argv[2:] if a in SECTIONS] or list(SECTIONS)
