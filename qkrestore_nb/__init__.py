@@ -9,11 +9,14 @@ if TYPE_CHECKING:
     from .procrustes import qk_pro as qk_pro
     from .restore import qk_restore as qk_restore
 
-_front_door = dict(qk_restore="restore", qk_pro="procrustes", plan="moves", verify="in_place", undo="in_place", HypeNetForCausalLM="hypenet")
+_front_door = dict(
+    qk_restore="restore", qk_pro="procrustes", plan="moves", verify="in_place", undo="in_place",
+    HypeNetForCausalLM="hypenet",
+)
 
 
 def __getattr__(name: str):
-    "The front door: what most people type, imported when it is first asked for, so that nobody waits for torch in vain."
+    "The front door: what most people type, imported when it is first asked for; nobody waits for torch in vain."
     if name not in _front_door: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
     return getattr(import_module(f"{__name__}.{_front_door[name]}"), name)

@@ -12,31 +12,10 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from qkrestore_nb.checkpoints import (
-    CheckpointError,
-    check_out,
-    new_folder,
-    overwrite,
-    pieces,
-    read_config,
-    read_header,
-    read_index,
-    read_json,
-    sha256,
-    watch,
-    write_all,
-)
-from qkrestore_nb.families import (
-    QK,
-    Selection,
-    heads_of_names,
-    layer_number,
-    places,
-    role_of,
-    rows_by_hand,
-    stretches,
-    unwrapped,
-)
+from .checkpoints import CheckpointError, check_out, new_folder, overwrite, pieces, read_config
+from .checkpoints import read_header, read_index, read_json, sha256, watch, write_all
+from .families import QK, Selection, heads_of_names, layer_number, places, role_of, rows_by_hand
+from .families import stretches, unwrapped
 from .in_place import write_result
 from .moves import Mixer
 from .note import Note, Row
@@ -57,7 +36,8 @@ def is_adapter(
 def _module(key: str) -> tuple[str, str]:
     "A tensor's module in the base model, and what it is there."
     m = re.fullmatch(
-        r"(?:base_model\.model\.)?(.+?)\.((?:base_layer\.)*lora_\w+(?:\..*)?|(?:modules_to_save\.)?(?:base_layer\.)*(?:weight|bias))",
+        r"(?:base_model\.model\.)?(.+?)\.((?:base_layer\.)*lora_\w+(?:\..*)?|"
+        r"(?:modules_to_save\.)?(?:base_layer\.)*(?:weight|bias))",
         unwrapped(key),
     )
     return (m[1], m[2].replace("base_layer.", "").replace("modules_to_save.", "")) if m else (key, "")

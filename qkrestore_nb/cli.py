@@ -32,8 +32,12 @@ def _version(asked: bool):
 
 @app.callback()
 def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from; may stand anywhere in the line.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show where an error comes from; may stand anywhere in the line.")
+    ] = False,
 ):
     pass
 
@@ -117,6 +121,7 @@ def _run(
 ) -> None:
     "Do a repair, say what was done, and push it if asked to."
     import json
+
     from qkrestore_nb.hub import push_to_hub
     from qkrestore_nb.note import note_dict, read_note, summary
 
@@ -157,6 +162,7 @@ def _only(what: str, **others) -> None:
 def _dry(pre: str, post: str, choice: dict, cast: bool, allow: str, as_json: bool) -> None:
     "The plan, printed."
     import json
+
     from qkrestore_nb.moves import plan
 
     moves = plan(pre, post, cast=cast, allow=allow, **choice)
@@ -173,6 +179,7 @@ def _dry(pre: str, post: str, choice: dict, cast: bool, allow: str, as_json: boo
 
 def _recipe(file: Path, pre: str, post: str, strength: float, choice: dict, as_json: bool) -> None:
     import json
+
     from qkrestore_nb.hub import mergekit_yaml
 
     if file.exists():
@@ -281,8 +288,10 @@ def inspect(
     Example: qkrestore inspect finetuned/ base/
     """
     import json
+
     from qkrestore_nb.families import Choice
-    from qkrestore_nb.inspection import compare, figure as draw, inspect_checkpoint, strip
+    from qkrestore_nb.inspection import compare, inspect_checkpoint, strip
+    from qkrestore_nb.inspection import figure as draw
 
     choice: Choice = dict(
         layers=layers, projections=projections, heads=heads, rows=rows, include=include, mla=mla, tensors=tensors
@@ -332,14 +341,19 @@ def inspect(
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(help="The result of a restore.")],
-    pre: Annotated[Optional[Path], typer.Option(help="The checkpoint that it was restored from: compare with its bytes instead of the note.")] = None,
+    pre: Annotated[
+        Optional[Path],
+        typer.Option(help="The checkpoint that it was restored from: compare with its bytes instead of the note."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show from the files alone which restored tensors of FOLDER equal PRE's, which POST's. Exit code 1 unless all are as the restore wrote them.
+    """Show from the files alone which restored tensors of FOLDER equal PRE's, which POST's. Exit code 1 unless all
+    are as the restore wrote them.
 
     Example: qkrestore verify fixed/ --pre base/
     """
     import json
+
     from qkrestore_nb.in_place import verify as look
     rows = look(folder, pre)
     kept = sum(r["equals"] in ("pre", "restored", "both") for r in rows)
@@ -353,7 +367,9 @@ def verify(
 
 @app.command()
 def undo(
-    folder: Annotated[Path, typer.Argument(help="A checkpoint that was restored in place, or in which that was cut off.")],
+    folder: Annotated[
+        Path, typer.Argument(help="A checkpoint that was restored in place, or in which that was cut off.")
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Undo a restore in place to the last byte, also after a crash in the middle of it.
@@ -361,15 +377,22 @@ def undo(
     Example: qkrestore undo finetuned/
     """
     import json
+
     from qkrestore_nb.in_place import undo as take_back
     n = take_back(folder)
-    echo(json.dumps(dict(folder=str(folder), bytes=n)) if as_json else f"{folder}: {n:,} bytes are again what they were before the restore.")
+    echo(
+        json.dumps(dict(folder=str(folder), bytes=n))
+        if as_json
+        else f"{folder}: {n:,} bytes are again what they were before the restore."
+    )
 
 
 @app.command()
 def leftovers(
     folder: Annotated[Path, typer.Argument(help="Where outputs were made, or a checkpoint.")] = Path("."),
-    remove: Annotated[bool, typer.Option("--remove", help="Remove temporary files that a killed run has left, and nothing else.")] = False,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Remove temporary files that a killed run has left, and nothing else.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """List what runs have left in FOLDER and the folders in it: temporary copies, journals, unfinished fine-tunings.
@@ -377,41 +400,92 @@ def leftovers(
     Example: qkrestore leftovers . --remove
     """
     import json
+
     from qkrestore_nb.checkpoints import leftovers as look
     found = look(folder, remove)
-    rows: list[dict] = [dict(path=str(x.path), kind=x.kind, bytes=x.bytes, state=x.state, advice=x.advice, removed=remove and not x.path.exists())
-                        for x in found]
+    rows: list[dict] = [
+        dict(
+            path=str(x.path),
+            kind=x.kind,
+            bytes=x.bytes,
+            state=x.state,
+            advice=x.advice,
+            removed=remove and not x.path.exists(),
+        )
+        for x in found
+    ]
     if as_json: return echo(json.dumps(dict(folder=str(folder), found=rows)))
-    for r in rows: echo(f"{r['kind']:7}  {r['state']:9}  {r['bytes']:>14,} bytes  {r['path']}  ({'removed' if r['removed'] else r['advice']})")
-    echo(f"{folder}: {len(rows) or 'no'} leftovers" + (f", {sum(r['removed'] for r in rows)} removed." if remove else "."))
+    for r in rows:
+        echo(
+            f"{r['kind']:7}  {r['state']:9}  {r['bytes']:>14,} bytes  {r['path']}  "
+            f"({'removed' if r['removed'] else r['advice']})"
+        )
+    echo(
+        f"{folder}: {len(rows) or 'no'} leftovers"
+        + (f", {sum(r['removed'] for r in rows)} removed." if remove else ".")
+    )
 
 
 @app.command()
 def demo(
-    out: Annotated[Optional[Path], typer.Option(help="Folder to make. Default: qkrestore-demo, or the next free name.")] = None,
-    full: Annotated[bool, typer.Option("--full", help="More tests, longer texts, more questions: many minutes on a CPU.")] = False,
-    packed: Annotated[bool, typer.Option("--packed", help="Use the checkpoint that was fine-tuned on packed rows.")] = False,
+    out: Annotated[
+        Optional[Path], typer.Option(help="Folder to make. Default: qkrestore-demo, or the next free name.")
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="More tests, longer texts, more questions: many minutes on a CPU.")
+    ] = False,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Use the checkpoint that was fine-tuned on packed rows.")
+    ] = False,
 ) -> None:
     """Restore the shipped checkpoint and compare repairs: about a minute on two CPU cores.
 
     Example: qkrestore demo --out here/
     """
     import json
-    from qkrestore_nb.experiment import demo as run_demo, table, verdict
+
+    from qkrestore_nb.experiment import demo as run_demo
+    from qkrestore_nb.experiment import table, verdict
     done = run_demo(out, full, packed)
     result = json.loads((done / "demo.json").read_text())
     echo(f"{table(result['scores'])}\n\n{verdict(result['scores'])}")
-    echo("Exact match, in brackets look-up accuracy. S3: a string of 16 letters in an essay; MK: one of eight similar keys; MF: a full haystack.")
-    echo(f"{result['wall_s']:.0f} s. Figure: {done / 'demo.png'}  Numbers: {done / 'demo.json'}  Checkpoints: {done}/pre, post, restored")
+    echo(
+        "Exact match, in brackets look-up accuracy. S3: a string of 16 letters in an essay; MK: one of eight similar "
+        "keys; MF: a full haystack."
+    )
+    echo(
+        f"{result['wall_s']:.0f} s. Figure: {done / 'demo.png'}  Numbers: {done / 'demo.json'}  Checkpoints: "
+        f"{done}/pre, post, restored"
+    )
 
 
 @app.command()
 def experiment(
-    profile: Annotated[Optional[str], typer.Option(help="smoke (CPU, minutes), colab (an older GPU, from the shipped pre) or gpu (one modern GPU). Default: what is there.")] = None,
-    out: Annotated[Optional[Path], typer.Option(help="Run folder, or with several seeds the folder of their run folders; an interrupted run goes on. Default: qkrestore-experiment-PROFILE-MODEL-seedN.")] = None,
-    seed: Annotated[str, typer.Option(help="Seed of weights, data and questions: a number, or several as in 0,1,2 or 0-4.")] = "0",
+    profile: Annotated[
+        Optional[str],
+        typer.Option(
+            help="smoke (CPU, minutes), colab (an older GPU, from the shipped pre) or gpu (one modern GPU). Default: "
+            "what is there."
+        ),
+    ] = None,
+    out: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="Run folder, or with several seeds the folder of their run folders; an interrupted run goes on. "
+            "Default: qkrestore-experiment-PROFILE-MODEL-seedN."
+        ),
+    ] = None,
+    seed: Annotated[
+        str, typer.Option(help="Seed of weights, data and questions: a number, or several as in 0,1,2 or 0-4.")
+    ] = "0",
     model: Annotated[str, typer.Option(help="hypenet7m, or another of qkrestore_nb.experiment.models.")] = "hypenet7m",
-    kinds: Annotated[str, typer.Option(help="Kinds of fine-tuning: near, far, packed, borders or another of qkrestore_nb.experiment.sfts; several with commas.")] = "near",
+    kinds: Annotated[
+        str,
+        typer.Option(
+            help="Kinds of fine-tuning: near, far, packed, borders or another of qkrestore_nb.experiment.sfts; "
+            "several with commas."
+        ),
+    ] = "near",
     full: Annotated[bool, typer.Option("--full", help="Evaluate every alternative repair.")] = False,
     sft_seed: Annotated[int, typer.Option(help="Seed of the fine-tuning data.")] = 0,
 ) -> None:
@@ -423,6 +497,7 @@ def experiment(
     """
     import json
     import os
+
     from qkrestore_nb.experiment import alternatives, decisive, run, seed_numbers, table
     seeds = seed_numbers(seed)
     several = len(seeds) > 1
@@ -432,12 +507,26 @@ def experiment(
         seeds = seeds[state.process_index::state.num_processes]
     if several and out: out.mkdir(exist_ok=True)
     for n in seeds:
-        done = run(profile, out / f"seed{n}" if several and out else out, n, model, kinds.split(","), decisive + alternatives * full, sft_seed)
+        done = run(
+            profile,
+            out / f"seed{n}" if several and out else out,
+            n,
+            model,
+            kinds.split(","),
+            decisive + alternatives * full,
+            sft_seed,
+        )
         for path in sorted(done.glob(f"{model}-*-seed{n}{f'-sft{sft_seed}' * bool(sft_seed)}.json")):
             result = json.loads(path.read_text())
-            echo(f"{result['config']['kind']}, seed {n}\n{table(result['scores'])}\n{result['wall_s']:.0f} s. Numbers: {path}")
+            echo(
+                f"{result['config']['kind']}, seed {n}\n{table(result['scores'])}\n{result['wall_s']:.0f} s. Numbers: "
+                f"{path}"
+            )
             if result["config"]["profile"] == "smoke":
-                echo("This profile runs the path, nothing more: its model is too small to find a needle, so there is nothing to restore.")
+                echo(
+                    "This profile runs the path, nothing more: its model is too small to find a needle, so there is "
+                    "nothing to restore."
+                )
 
 # %% ../nbs/14_cli.ipynb #0656d6ba
 @app.command()
@@ -452,33 +541,55 @@ def needs(
     Example: qkrestore needs chen-yingfa/HypeNet-2B --tokens 262144
     """
     import json
-    from qkrestore_nb.finetune import training_needs
-    from qkrestore_nb.scale import config_of, needs as count
+
     from transformers.utils import logging
+
+    from qkrestore_nb.finetune import training_needs
+    from qkrestore_nb.scale import config_of
+    from qkrestore_nb.scale import needs as count
     logging.set_verbosity_error()  # its remarks on token ids have nothing to do with the question
     config = config_of(ckpt, trust_remote_code)
     n = count(config, tokens)
     train = {str(g): training_needs(config, 4096, g, parameters=n["parameters"])["total_gb"] for g in (1, 2, 4, 8)}
     if as_json: return echo(json.dumps(n | dict(training_gb=train)))
-    echo(f"{ckpt}: {n['parameters'] / 1e9:.2f} billion parameters ({n['active'] / 1e9:.2f} active), {n['disk_gb']:.1f} GB on disk in bfloat16\n"
-               f"reading {tokens:,} tokens: {n['total_gb']:.1f} GB (weights {n['weights_gb']:.1f}, keys and values {n['kv_gb']:.1f}, states {n['states_gb']:.2f}, work {n['work_gb']:.1f}), {n['flops']:.1e} FLOPs\n"
-               "fine-tuning all weights in rows of 4,096 tokens, GB on each GPU: " + ", ".join(f"{gb:.0f} on {g}" for g, gb in train.items()))
+    echo(
+        f"{ckpt}: {n['parameters'] / 1e9:.2f} billion parameters ({n['active'] / 1e9:.2f} active), {n['disk_gb']:.1f} "
+        "GB on disk in bfloat16\n"
+        f"reading {tokens:,} tokens: {n['total_gb']:.1f} GB (weights {n['weights_gb']:.1f}, keys and values "
+        f"{n['kv_gb']:.1f}, states {n['states_gb']:.2f}, work {n['work_gb']:.1f}), {n['flops']:.1e} FLOPs\n"
+        "fine-tuning all weights in rows of 4,096 tokens, GB on each GPU: "
+        + ", ".join(f"{gb:.0f} on {g}" for g, gb in train.items())
+    )
 
 
 def _from_file(ctx: typer.Context, file: Path | None) -> None:
     "Options from a YAML file stand where the command line says nothing."
     if file is None: return
     import yaml
-    try: said = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e: raise CheckpointError(f"--config {file} cannot be read as YAML ({type(e).__name__}): give names and values, as in lr: 1e-5") from e
-    if not isinstance(said, dict): raise CheckpointError(f"--config {file} holds no names and values: write lines such as lr: 1e-5")
-    given, known = {str(k).replace("-", "_"): v for k, v in said.items()}, {p.name for p in ctx.command.params} - {"config", "help"}
-    if strange := sorted(given.keys() - known): raise CheckpointError(f"--config {file}: nothing is called {strange[0]!r} here; choose from {', '.join(sorted(known))}")
+    try:
+        said = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise CheckpointError(
+            f"--config {file} cannot be read as YAML ({type(e).__name__}): give names and values, as in lr: 1e-5"
+        ) from e
+    if not isinstance(said, dict):
+        raise CheckpointError(f"--config {file} holds no names and values: write lines such as lr: 1e-5")
+    given, known = (
+        {str(k).replace("-", "_"): v for k, v in said.items()},
+        {p.name for p in ctx.command.params} - {"config", "help"},
+    )
+    if strange := sorted(given.keys() - known):
+        raise CheckpointError(
+            f"--config {file}: nothing is called {strange[0]!r} here; choose from {', '.join(sorted(known))}"
+        )
     ctx.default_map = given
 
 
 def _qk_lr(qk_lr: float, freeze: str, spare: str, rank: int) -> float:
-    for name, said, fits, other in (("--freeze", freeze, not rank, "an adapter leaves them out with --spare qk"), ("--spare", spare, bool(rank), "without an adapter (--rank) hold them with --freeze qk")):
+    for name, said, fits, other in (
+        ("--freeze", freeze, not rank, "an adapter leaves them out with --spare qk"),
+        ("--spare", spare, bool(rank), "without an adapter (--rank) hold them with --freeze qk"),
+    ):
         if not said: continue
         if said != "qk": raise CheckpointError(f"{name} {said}: only qk can be held, W_Q and W_K of the softmax layers")
         if not fits: raise CheckpointError(f"{name} qk does not fit here: {other}")
@@ -490,23 +601,46 @@ def _qk_lr(qk_lr: float, freeze: str, spare: str, rank: int) -> float:
 @app.command()
 def finetune(
     ckpt: Annotated[str, typer.Argument(help="PRE: a folder or a hub id.")],
-    data: Annotated[str, typer.Argument(help='Json lines, parquet, or owner/name of a dataset: {"messages": [...]}, or {"prompt": ..., "completion": ...}.')],
-    out: Annotated[Path, typer.Argument(help="Folder to make. It must not exist; an interrupted run goes on from OUT.run.")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            help='Json lines, parquet, or owner/name of a dataset: {"messages": [...]}, or {"prompt": ..., '
+            '"completion": ...}.'
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Argument(help="Folder to make. It must not exist; an interrupted run goes on from OUT.run.")
+    ],
     steps: Annotated[int, typer.Option(help="Steps of AdamW.")] = 1000,
     tokens: Annotated[int, typer.Option(help="Tokens a row; conversations are packed into rows.")] = 4096,
     rows: Annotated[int, typer.Option(help="Rows a step, over all processes.")] = 16,
-    lr: Annotated[float, typer.Option(help="Highest learning rate, after 3% of the steps; then a cosine to 10%.")] = 1e-5,
+    lr: Annotated[
+        float, typer.Option(help="Highest learning rate, after 3% of the steps; then a cosine to 10%.")
+    ] = 1e-5,
     rank: Annotated[int, typer.Option(help="Rank of a LoRA adapter on all linear layers; 0 trains all weights.")] = 0,
-    four_bit: Annotated[bool, typer.Option("--four-bit", help="Hold the weights under the adapter in 4 bits: QLoRA, with bitsandbytes.")] = False,
-    qk_lr: Annotated[float, typer.Option(help="Learning rate of W_Q and W_K in the softmax layers, times --lr.")] = 1.,
-    freeze: Annotated[str, typer.Option(help="qk: leave W_Q and W_K of the softmax layers as they are.", metavar="qk")] = "",
+    four_bit: Annotated[
+        bool, typer.Option("--four-bit", help="Hold the weights under the adapter in 4 bits: QLoRA, with bitsandbytes.")
+    ] = False,
+    qk_lr: Annotated[float, typer.Option(help="Learning rate of W_Q and W_K in the softmax layers, times --lr.")] = 1.0,
+    freeze: Annotated[
+        str, typer.Option(help="qk: leave W_Q and W_K of the softmax layers as they are.", metavar="qk")
+    ] = "",
     spare: Annotated[str, typer.Option(help="qk: an adapter without them (with --rank).", metavar="qk")] = "",
-    pull: Annotated[float, typer.Option(help="Pull back to CKPT's weights, times the rate (L2-SP).")] = 0.,
-    recall: Annotated[float, typer.Option(help="Share of the rows that ask for a needle in prose instead of DATA.")] = 0.,
+    pull: Annotated[float, typer.Option(help="Pull back to CKPT's weights, times the rate (L2-SP).")] = 0.0,
+    recall: Annotated[
+        float, typer.Option(help="Share of the rows that ask for a needle in prose instead of DATA.")
+    ] = 0.0,
     every: Annotated[int, typer.Option(help="Steps between saved states.")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of all random draws.")] = 0,
     report_to: Annotated[str, typer.Option(help="A tracker: tensorboard, wandb, trackio, ...")] = "",
-    config: Annotated[Optional[Path], typer.Option(help="YAML file with any of these, such as lr: 1e-5. The command line wins.", is_eager=True, callback=_from_file)] = None,
+    config: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="YAML file with any of these, such as lr: 1e-5. The command line wins.",
+            is_eager=True,
+            callback=_from_file,
+        ),
+    ] = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Fine-tune CKPT on conversations (chapter 13a).
@@ -521,9 +655,37 @@ def finetune(
     qk_lr = _qk_lr(qk_lr, freeze, spare, rank)
     with tqdm(total=steps, desc="fine-tuning", mininterval=1., disable=not sys.stderr.isatty()) as bar:
         def look(step, loss): bar.n = step; bar.set_postfix(loss=f"{loss:.3f}"), bar.refresh()
-        done = tune(ckpt, data, out, steps, tokens, rows, lr, rank, qk_lr, pull, recall, every, seed, look=look, trust_remote_code=trust_remote_code, report_to=report_to or None, four_bit=four_bit)
+
+        done = tune(
+            ckpt,
+            data,
+            out,
+            steps,
+            tokens,
+            rows,
+            lr,
+            rank,
+            qk_lr,
+            pull,
+            recall,
+            every,
+            seed,
+            look=look,
+            trust_remote_code=trust_remote_code,
+            report_to=report_to or None,
+            four_bit=four_bit,
+        )
     import os
-    if os.environ.get("RANK", "0") == "0": echo(f"{done}: {steps} steps on {data}. Losses and settings: {done / 'finetune.json'}" + (f"\nAn adapter: qkrestore restore {ckpt} {done} OUT takes Q and K of the softmax layers out of it." if rank else f"\nNext: qkrestore audit {ckpt} {done}{' --trust-remote-code' * trust_remote_code}"))
+
+    if os.environ.get("RANK", "0") == "0":
+        echo(
+            f"{done}: {steps} steps on {data}. Losses and settings: {done / 'finetune.json'}"
+            + (
+                f"\nAn adapter: qkrestore restore {ckpt} {done} OUT takes Q and K of the softmax layers out of it."
+                if rank
+                else f"\nNext: qkrestore audit {ckpt} {done}{' --trust-remote-code' * trust_remote_code}"
+            )
+        )
 
 
 @app.command()
@@ -532,7 +694,9 @@ def audit(
     post: Annotated[Path, typer.Argument(help="Checkpoint folder after fine-tuning.")],
     lengths: Annotated[str, typer.Option(help="Lengths in tokens, between commas.")] = "4096,16384",
     haystacks: Annotated[int, typer.Option(help="Haystacks of each kind and length.")] = 16,
-    tasks: Annotated[Optional[Path], typer.Option(help='Json lines with "prompt" and "answer": reasoning before and after.')] = None,
+    tasks: Annotated[
+        Optional[Path], typer.Option(help='Json lines with "prompt" and "answer": reasoning before and after.')
+    ] = None,
     room: Annotated[int, typer.Option(help="Tokens that the answer to a task may have.")] = 512,
     layers: Layers = "softmax",
     projections: Projections = "qk",
@@ -542,18 +706,24 @@ def audit(
     tensors: Tensors = None,
     allow: Allow = "",
     page: Annotated[Optional[Path], typer.Option("--html", help="Write the page into this file.")] = None,
-    device: Annotated[Optional[str], typer.Option(help="Device such as cuda. Default: a GPU where there is one.")] = None,
+    device: Annotated[
+        Optional[str], typer.Option(help="Device such as cuda. Default: a GPU where there is one.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the questions.")] = 0,
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate the recall of PRE, POST and the restored POST on the same haystacks; say whether to restore (chapter 13b).
+    """Evaluate the recall of PRE, POST and the restored POST on the same haystacks; say whether to restore (chapter
+    13b).
 
     Example: qkrestore audit base/ finetuned/ --lengths 4096,32768 --tasks gsm.jsonl --html audit.html
     """
     import json
     import os
-    from qkrestore_nb.audit import audit as look, page as write, report
+
+    from qkrestore_nb.audit import audit as look
+    from qkrestore_nb.audit import page as write
+    from qkrestore_nb.audit import report
     from qkrestore_nb.families import Choice
     if page and os.path.lexists(page): raise CheckpointError(f"{page} exists: choose a name that is free")
     if haystacks < 1: raise CheckpointError(f"--haystacks {haystacks}: ask at least one")
@@ -562,8 +732,22 @@ def audit(
     choice: Choice = dict(layers=layers, projections=projections, heads=heads, rows=rows, mla=mla, tensors=tensors)
     try:
         with _told():
-            result = look(pre, post, tuple(_numbers(lengths, "--lengths")), haystacks, tasks, room, seed, device, tell, trust_remote_code, allow=allow, **choice)
-    except ValueError as e: raise CheckpointError(str(e)) from e
+            result = look(
+                pre,
+                post,
+                tuple(_numbers(lengths, "--lengths")),
+                haystacks,
+                tasks,
+                room,
+                seed,
+                device,
+                tell,
+                trust_remote_code,
+                allow=allow,
+                **choice,
+            )
+    except ValueError as e:
+        raise CheckpointError(str(e)) from e
     tell("")
     if page: write(result, page)
     echo(json.dumps(result) if as_json else report(result) + (f"\n{page}" if page else ""))
@@ -598,7 +782,9 @@ def repair(
     """
     import json
     from dataclasses import asdict
-    from qkrestore_nb.repair import repair as search, report
+
+    from qkrestore_nb.repair import repair as search
+    from qkrestore_nb.repair import report
 
     if tasks is None:
         raise CheckpointError("--tasks is missing: without tasks to keep, PRE itself would be the best repair")
@@ -635,7 +821,11 @@ def _stoppable():
         for s in before: signal.signal(s, signal.SIG_IGN)
         raise Stopped(number)
     here = threading.current_thread() is threading.main_thread()
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if here and signal.getsignal(s) is not signal.SIG_IGN}
+    before = {
+        s: signal.getsignal(s)
+        for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if here and signal.getsignal(s) is not signal.SIG_IGN
+    }
     try:
         for s in before: signal.signal(s, stop)
         yield
@@ -645,7 +835,8 @@ def _stoppable():
 
 def _taken_back(e: BaseException) -> str:
     "Take a restore in place back that was cut off by this error; what to say of it."
-    if (post := getattr(e, "half_restored", None)) is None: return "".join(f". {note[:1].upper()}{note[1:]}" for note in getattr(e, "__notes__", []))
+    if (post := getattr(e, "half_restored", None)) is None:
+        return "".join(f". {note[:1].upper()}{note[1:]}" for note in getattr(e, "__notes__", []))
     from qkrestore_nb.in_place import undo
     try: undo(post)
     except (CheckpointError, OSError): return f". {post} is half restored: qkrestore undo {post}"
@@ -658,13 +849,18 @@ def _sentence(e: BaseException) -> tuple[str, int]:
     if isinstance(e, Stopped): return said, 128 + e.number
     if isinstance(e, (CheckpointError, OSError)): return said, 2
     if isinstance(e, MemoryError): return "there is not enough memory for this", 2
-    return f"{type(e).__name__}: {said[:60]}. This is a fault of qkrestore: please report it, with the command and what --debug adds", 2
+    return (
+        f"{type(e).__name__}: {said[:60]}. This is a fault of qkrestore: please report it, with the command and what "
+        "--debug adds",
+        2,
+    )
 
 
 def main(
     args: list[str] | None = None,  # the words after `qkrestore`; None: those of the command line
 ) -> None:
-    "The entry point. Errors end with one sentence and exit code 2; so does what stops a run, with the exit code that shells have for it."
+    """The entry point. Errors end with one sentence and exit code 2; so does what stops a run, with the exit code that
+    shells have for it."""
     words = sys.argv[1:] if args is None else args
     told = lambda message, category, *rest, **more: print(f"Warning: {printable(message)}", file=sys.stderr)
     try:

@@ -21,7 +21,8 @@ class Profile:
 def pick_profile(
     name: str | None = None,  # smoke, colab or gpu; None looks at the hardware
 ) -> Profile:
-    "The profile of this machine, or the one asked for. Raises ValueError for a name it does not know or a GPU that is not there."
+    """The profile of this machine, or the one asked for. Raises ValueError for a name it does not know or a GPU that is
+    not there."""
     import torch
     profiles = {p.name: p for p in (Profile("smoke", "cpu", "float32"), Profile("colab", "cuda", "float16"),
                                     Profile("gpu", "cuda", "bfloat16"))}
@@ -41,7 +42,8 @@ def wilson(
     n: int,           # questions asked
     z: float = 1.96,  # 1.96 standard deviations: 95%
 ) -> tuple[float, float]:
-    "The Wilson score interval of a proportion, as fractions (E. B. Wilson, JASA 1927). Raises ValueError unless 0 <= k <= n and n > 0."
+    """The Wilson score interval of a proportion, as fractions (E. B. Wilson, JASA 1927). Raises ValueError unless 0 <=
+    k <= n and n > 0."""
     if not 0 <= k <= n or n == 0: raise ValueError(f"{k} of {n} is not a proportion")
     p, zz = k / n, z * z / n
     half = z * sqrt(p * (1 - p) / n + zz / (4 * n))
@@ -54,18 +56,28 @@ def provenance(
 ) -> dict:
     "Where and with what a result was made: seed, config, versions, device, date."
     import platform
-    from datetime import datetime, timezone
+    from datetime import UTC, datetime
     from importlib.metadata import version
+
     import torch
+
     from qkrestore_nb import __version__
     gpu = torch.cuda.is_available()
-    return dict(seed=seed, config=config, date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    return dict(seed=seed, config=config, date=datetime.now(UTC).isoformat(timespec="seconds"),
                 versions=dict(qkrestore_nb=__version__, python=platform.python_version(), torch=torch.__version__,
                               transformers=version("transformers"), safetensors=version("safetensors")),
                 device=torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads")
 
 # %% ../nbs/00_core.ipynb #70b0e487
-colors = dict(pre="#0072B2", post="#D55E00", restored="#009E73", vo="#7A7A7A", average="#CC79A7", softmax="#E69F00", linear="#8C8C8C")
+colors = dict(
+    pre="#0072B2",
+    post="#D55E00",
+    restored="#009E73",
+    vo="#7A7A7A",
+    average="#CC79A7",
+    softmax="#E69F00",
+    linear="#8C8C8C",
+)
 
 
 def plot_style() -> None:
@@ -98,8 +110,11 @@ class Interactive:
 def exercise(
     check: Callable[[], None],  # asserts what an answer must do
 ) -> Callable[[], None]:
-    "Run a check and print whether the answer is right or not written yet. A wrong answer fails with the check's assert."
-    try: check()
-    except NotImplementedError: print("Not written yet: write your answer into the cell above, run it, then run this cell.")
+    """Run a check and print whether the answer is right or not written yet. A wrong answer fails with the check's
+    assert."""
+    try:
+        check()
+    except NotImplementedError:
+        print("Not written yet: write your answer into the cell above, run it, then run this cell.")
     else: print("Right.")
     return check

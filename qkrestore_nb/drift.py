@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .diagnostics import explain_no_layers, groups_of_one_length, positions_of, query_blocks, recorded, rows_of
+from .diagnostics import explain_no_layers, groups_of_one_length, positions_of, query_blocks, recorded
+from .diagnostics import rows_of
 from .projections import log_sums
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ class Drift:
     def plot(self, ax=None) -> "Axes":
         "Relative norm of each group, softmax orange and linear grey."
         import matplotlib.pyplot as plt
+
         from qkrestore_nb.core import colors
 
         ax, groups = plt.gca() if ax is None else ax, self.groups()

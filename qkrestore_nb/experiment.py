@@ -22,14 +22,28 @@ from .core import Profile, pick_profile, provenance
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
+
     from qkrestore_nb.hypenet import HypeNetForCausalLM
 
 # %% ../nbs/10_amnesia.ipynb #94212ffb
 model_fields = dict(  # HypeNet in small: two softmax layers, early
-    vocab_size=512, num_hidden_layers=8, hidden_size=256, intermediate_size=704, num_attention_heads=4, head_dim=64,
-    mixer_types=["lightning-attn", "attn", "attn"] + ["lightning-attn"] * 5, attn_use_rope=False, attn_use_output_gate=True,
-    attn_logits_scaling="hype 500", rope_theta=1e6, lightning_use_qk_norm=True, lightning_use_output_norm=True,
-    lightning_use_output_gate=True, lightning_use_short_conv=True, lightning_conv_activation=None)
+    vocab_size=512,
+    num_hidden_layers=8,
+    hidden_size=256,
+    intermediate_size=704,
+    num_attention_heads=4,
+    head_dim=64,
+    mixer_types=["lightning-attn", "attn", "attn"] + ["lightning-attn"] * 5,
+    attn_use_rope=False,
+    attn_use_output_gate=True,
+    attn_logits_scaling="hype 500",
+    rope_theta=1e6,
+    lightning_use_qk_norm=True,
+    lightning_use_output_norm=True,
+    lightning_use_output_gate=True,
+    lightning_use_short_conv=True,
+    lightning_conv_activation=None,
+)
 
 
 def _shape(layers: int = 8, softmax: Iterable[int] = (1, 2), **fields) -> dict:
@@ -40,7 +54,8 @@ def _shape(layers: int = 8, softmax: Iterable[int] = (1, 2), **fields) -> dict:
 models: dict[str, dict] = dict(  # what a model changes of model_fields
     hypenet7m={}, silu7m=dict(lightning_conv_activation="silu"),
     first7m=_shape(softmax=(0, 1)), spread7m=_shape(softmax=(1, 4)), late7m=_shape(softmax=(5, 6)),
-    softmax7m=_shape(softmax=range(8), attn_use_rope=True),  # without recurrent layers something else has to know the order
+    # without recurrent layers something else has to know the order
+    softmax7m=_shape(softmax=range(8), attn_use_rope=True),
     hypenet16m=dict(hidden_size=384, intermediate_size=1024, num_attention_heads=6),
     hypenet42m=_shape(12, hidden_size=512, intermediate_size=1408, num_attention_heads=8),
     hypenet100m=_shape(14, hidden_size=768, intermediate_size=2048, num_attention_heads=12))
@@ -61,24 +76,72 @@ class SFT:
 _end_to_end = dict(rows=8, T=2048, packed=True)
 _fewer = 728 / 1500  # so that as many tokens have weight as in the recipe
 sfts: dict[str, SFT] = dict(
-    near=SFT(), far=SFT(dict(chain="far")),
-    packed=SFT(_end_to_end, _fewer), borders=SFT(_end_to_end, _fewer, borders=True), packed_long=SFT(_end_to_end), wide=SFT(dict(rows=264)),
-    direct=SFT(dict(chain="none", most=1, tasks="MDH")), talk=SFT(dict(talk=True)), MA=SFT(dict(tasks="MA")), DH=SFT(dict(tasks="DH")),
-    lr5e_5=SFT(lr=.1), lr1e_4=SFT(lr=.2), lr2e_4=SFT(lr=.4), lr3e_4=SFT(lr=.6), lr1e_3=SFT(lr=2.), half=SFT(steps=.5), twice=SFT(steps=2.),
-    frozen=SFT(qk_lr=0.), slow=SFT(qk_lr=.1), pull3=SFT(pull=3.), pull10=SFT(pull=10.), lora1=SFT(rank=16), lora3=SFT(rank=16, lr=3.), lora10=SFT(rank=16, lr=10.),
-    recall1=SFT(dict(recall=.01)), recall3=SFT(dict(recall=.03)), recall10=SFT(dict(recall=.1)),
-    narrow=SFT(dict(rows=32)), **{f"{place}{T}": SFT(dict(rows=32, window=place, T=T)) for place in ("random", "end") for T in (512, 2048)})
+    near=SFT(),
+    far=SFT(dict(chain="far")),
+    packed=SFT(_end_to_end, _fewer),
+    borders=SFT(_end_to_end, _fewer, borders=True),
+    packed_long=SFT(_end_to_end),
+    wide=SFT(dict(rows=264)),
+    direct=SFT(dict(chain="none", most=1, tasks="MDH")),
+    talk=SFT(dict(talk=True)),
+    MA=SFT(dict(tasks="MA")),
+    DH=SFT(dict(tasks="DH")),
+    lr5e_5=SFT(lr=0.1),
+    lr1e_4=SFT(lr=0.2),
+    lr2e_4=SFT(lr=0.4),
+    lr3e_4=SFT(lr=0.6),
+    lr1e_3=SFT(lr=2.0),
+    half=SFT(steps=0.5),
+    twice=SFT(steps=2.0),
+    frozen=SFT(qk_lr=0.0),
+    slow=SFT(qk_lr=0.1),
+    pull3=SFT(pull=3.0),
+    pull10=SFT(pull=10.0),
+    lora1=SFT(rank=16),
+    lora3=SFT(rank=16, lr=3.0),
+    lora10=SFT(rank=16, lr=10.0),
+    recall1=SFT(dict(recall=0.01)),
+    recall3=SFT(dict(recall=0.03)),
+    recall10=SFT(dict(recall=0.1)),
+    narrow=SFT(dict(rows=32)),
+    **{f"{place}{T}": SFT(dict(rows=32, window=place, T=T)) for place in ("random", "end") for T in (512, 2048)},
+)
 
 # %% ../nbs/10_amnesia.ipynb #rec1pes0
 decisive = ("pre", "post", "qk", "vo", "average 0.9")
-alternatives = ("q", "k", "qkvo", "average 0.95", "average 0.75", "qk on average 0.9", "noise", "drift alone", "LiNeS 0.8", "LiNeS 0.5",
-                "pro input 0.1", "pro head 0.1", "pro input 1", "pro head 1", "pro input 0.01", "pro head 0.01", "first linear mixer", "random tensors")
+alternatives = (
+    "q",
+    "k",
+    "qkvo",
+    "average 0.95",
+    "average 0.75",
+    "qk on average 0.9",
+    "noise",
+    "drift alone",
+    "LiNeS 0.8",
+    "LiNeS 0.5",
+    "pro input 0.1",
+    "pro head 0.1",
+    "pro input 1",
+    "pro head 1",
+    "pro input 0.01",
+    "pro head 0.01",
+    "first linear mixer",
+    "random tensors",
+)
 
 
 def _sizes(lengths: dict[int, int], dense: dict[int, tuple[int, int]]) -> dict:
-    "Single needles: length -> haystacks. Eight keys: a quarter of the haystacks, eight questions each. Full: length -> (haystacks, questions)."
+    """Single needles: length -> haystacks. Eight keys: a quarter of the haystacks, eight questions each. Full: length
+    -> (haystacks, questions)."""
     single = [(T, n, 1) for T, n in lengths.items()]
-    return dict(S1=single, S2=single, S3=single, MK=[(T, max(2, n // 4), 8) for T, n in lengths.items()], MF=[(T, *n) for T, n in dense.items()])
+    return dict(
+        S1=single,
+        S2=single,
+        S3=single,
+        MK=[(T, max(2, n // 4), 8) for T, n in lengths.items()],
+        MF=[(T, *n) for T, n in dense.items()],
+    )
 
 
 def _subset(sizes: dict, lengths: tuple[int, ...], **other: tuple[int, ...]) -> dict:
@@ -89,28 +152,49 @@ def _subset(sizes: dict, lengths: tuple[int, ...], **other: tuple[int, ...]) -> 
 _long = _sizes({1024: 48, 4096: 64, 16384: 64, 32768: 24, 65536: 8}, {1024: (8, 32), 4096: (4, 64), 16384: (2, 128)})
 _probed = dict(recall=dict(S3=[(4096, 16, 1)], MF=[(1024, 4, 32)]), steps=(8,), problems=32)  # asked during fine-tuning
 recipes: dict[str, dict] = dict(
-    gpu=dict(pretraining=dict(steps=2600, lr=1e-3, warmup=100, weight_decay=.1), pretraining_data=dict(tokens=32768, first=800),
-             sft=dict(steps=1500, lr=5e-4, warmup=30), probe=150, probed=_probed,
-             long=dict(recall=_long, steps=(1, 2, 4, 8), problems=128),                                          # the decisive repairs
-             short=dict(recall=_subset(_long, (1024, 4096, 16384), MF=(1024, 4096)), steps=(8,), problems=128),  # other kinds of fine-tuning
-             few=dict(recall=_subset(_long, (16384,), S3=(4096, 16384), MF=(1024,)), steps=(8,), problems=128)),  # all other repairs
-    colab=dict(pretraining=None, sft=dict(steps=1500, lr=5e-4, warmup=30), probe=150, probed=_probed,
-               long=dict(recall=_sizes({1024: 32, 4096: 32}, {1024: (8, 32)}), steps=(1, 8), problems=128),
-               short=dict(recall=_sizes({4096: 32}, {1024: (8, 32)}), steps=(8,), problems=128),
-               few=dict(recall=_sizes({4096: 32}, {}), steps=(8,), problems=128)),
-    smoke=dict(model=dict(hidden_size=64, intermediate_size=128, num_attention_heads=1),
-               pretraining=dict(steps=60, lr=2e-3, warmup=10, weight_decay=.1), pretraining_data=dict(tokens=4096, first=60),
-               sft=dict(steps=30, lr=1e-3, warmup=5), sft_data=dict(rows=8), probe=10, probed=dict(recall=dict(S3=[(256, 4, 1)]), steps=(8,), problems=8),
-               long=dict(recall=_sizes({256: 8}, {512: (4, 8)}), steps=(1, 8), problems=16),
-               short=dict(recall=_sizes({256: 8}, {512: (4, 8)}), steps=(8,), problems=16),
-               few=dict(recall=_sizes({256: 8}, {}), steps=(8,), problems=16)))
+    gpu=dict(
+        pretraining=dict(steps=2600, lr=1e-3, warmup=100, weight_decay=0.1),
+        pretraining_data=dict(tokens=32768, first=800),
+        sft=dict(steps=1500, lr=5e-4, warmup=30),
+        probe=150,
+        probed=_probed,
+        # the decisive repairs
+        long=dict(recall=_long, steps=(1, 2, 4, 8), problems=128),
+        # other kinds of fine-tuning
+        short=dict(recall=_subset(_long, (1024, 4096, 16384), MF=(1024, 4096)), steps=(8,), problems=128),
+        # all other repairs
+        few=dict(recall=_subset(_long, (16384,), S3=(4096, 16384), MF=(1024,)), steps=(8,), problems=128),
+    ),
+    colab=dict(
+        pretraining=None,
+        sft=dict(steps=1500, lr=5e-4, warmup=30),
+        probe=150,
+        probed=_probed,
+        long=dict(recall=_sizes({1024: 32, 4096: 32}, {1024: (8, 32)}), steps=(1, 8), problems=128),
+        short=dict(recall=_sizes({4096: 32}, {1024: (8, 32)}), steps=(8,), problems=128),
+        few=dict(recall=_sizes({4096: 32}, {}), steps=(8,), problems=128),
+    ),
+    smoke=dict(
+        model=dict(hidden_size=64, intermediate_size=128, num_attention_heads=1),
+        pretraining=dict(steps=60, lr=2e-3, warmup=10, weight_decay=0.1),
+        pretraining_data=dict(tokens=4096, first=60),
+        sft=dict(steps=30, lr=1e-3, warmup=5),
+        sft_data=dict(rows=8),
+        probe=10,
+        probed=dict(recall=dict(S3=[(256, 4, 1)]), steps=(8,), problems=8),
+        long=dict(recall=_sizes({256: 8}, {512: (4, 8)}), steps=(1, 8), problems=16),
+        short=dict(recall=_sizes({256: 8}, {512: (4, 8)}), steps=(8,), problems=16),
+        few=dict(recall=_sizes({256: 8}, {}), steps=(8,), problems=16),
+    ),
+)
 
 # %% ../nbs/10_amnesia.ipynb #ce11b175
 def cell(
     tokens: "np.ndarray",         # bool, questions first, tokens of an answer last
     lookup: "np.ndarray | None" = None,  # bool, one a question
 ) -> dict:
-    "Counts of a cell of the results, and the bits that they come from: exact, n, shape, bits, and look-up where it was scored."
+    """Counts of a cell of the results, and the bits that they come from: exact, n, shape, bits, and look-up where it
+    was scored."""
     import numpy as np
     packed = lambda bits: np.packbits(bits).tobytes().hex()
     exact = tokens.all(-1)
@@ -177,12 +261,16 @@ def save(
 ) -> None:
     "A complete checkpoint folder in bfloat16, with tokenizer and generation config, or none at all."
     import copy
+
     import torch
     from transformers import GenerationConfig
+
     from qkrestore_nb.recall import token_id, tokenizer
     shutil.rmtree(folder, ignore_errors=True)
     model = copy.deepcopy(model).cpu().to(torch.bfloat16)
-    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=128, pad_token_id=token_id["PAD"], bos_token_id=token_id["BOS"])
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=128, pad_token_id=token_id["PAD"], bos_token_id=token_id["BOS"]
+    )
     with scratch(folder) as work:
         model.save_pretrained(work / "new")
         tokenizer().save_pretrained(work / "new")
@@ -193,7 +281,8 @@ def _write(path: Path, data: dict): write_whole(path, [(json.dumps(data) + "\n")
 
 
 def _stage(note: Path, seed: int, make: Callable[[], list]) -> dict:
-    "Run one stage of training unless its record is there; the record says where and when it ran, how long, and how the loss fell."
+    """Run one stage of training unless its record is there; the record says where and when it ran, how long, and how
+    the loss fell."""
     if not note.exists():
         then = time.perf_counter()
         log = make()
@@ -216,8 +305,10 @@ def pretrain(
     profile: Profile,
     fields: dict,     # of the model's config
 ) -> dict:
-    "Train a model from nothing and save it as pre; a recipe without pre-training takes the shipped pre. Returns the record."
+    """Train a model from nothing and save it as pre; a recipe without pre-training takes the shipped pre. Returns the
+    record."""
     from transformers import set_seed
+
     from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM
     from qkrestore_nb.training import init_weights, pretraining_batch, train
     def make():
@@ -246,6 +337,7 @@ def finetune(
     "Fine-tune what was saved as pre, and save it. Returns the record."
     import torch
     from transformers import set_seed
+
     from qkrestore_nb.families import planned_tensors
     from qkrestore_nb.hypenet import HypeNetForCausalLM
     from qkrestore_nb.training import sft_batch, train, weighted_loss
@@ -258,9 +350,19 @@ def finetune(
         if sft.rank:
             from peft import LoraConfig, get_peft_model
             model = get_peft_model(model, LoraConfig(r=sft.rank, lora_alpha=2 * sft.rank, target_modules="all-linear"))
-        log = train(model, partial(sft_batch, seed=seed, **{**recipe.get("sft_data", {}), **sft.data}), **how, rate=lambda n: sft.qk_lr if n in qk else 1., pull=sft.pull,
-                    loss=partial(weighted_loss, borders=sft.borders), file=out / f"{name}.pt", every=recipe["probe"], look=on_step,
-                    label=f"fine-tuning ({name})", **_how(profile))
+        log = train(
+            model,
+            partial(sft_batch, seed=seed, **{**recipe.get("sft_data", {}), **sft.data}),
+            **how,
+            rate=lambda n: sft.qk_lr if n in qk else 1.0,
+            pull=sft.pull,
+            loss=partial(weighted_loss, borders=sft.borders),
+            file=out / f"{name}.pt",
+            every=recipe["probe"],
+            look=on_step,
+            label=f"fine-tuning ({name})",
+            **_how(profile),
+        )
         save(model.merge_and_unload() if sft.rank else model, out / name)
         (out / f"{name}.pt").unlink()
         return log
@@ -271,6 +373,7 @@ class _Asker:
     "One model on the device, the weights of every variant in turn, the same questions to each."
     def __init__(self, out: Path, profile: Profile):
         import torch
+
         from qkrestore_nb.hypenet import HypeNetForCausalLM, compile_layers
         self.load = lambda name: HypeNetForCausalLM.from_pretrained(out / name, dtype=torch.float32).to(profile.device)
         first = self.load("pre")
@@ -281,26 +384,38 @@ class _Asker:
 
     def __call__(self, folder: str, variant_name: str, seed: int, sizes: dict, chain: str) -> dict:
         from qkrestore_nb.variants import variant
-        if folder not in self.weights: self.weights = dict(pre=self.weights["pre"], **{folder: self.load(folder).state_dict()})
+
+        if folder not in self.weights:
+            self.weights = dict(pre=self.weights["pre"], **{folder: self.load(folder).state_dict()})
         self.model.load_state_dict(variant(variant_name, self.weights["pre"], self.weights[folder], self.config, seed))
         return evaluate(self.model, **sizes, seed=seed, chain=chain)
 
 
 def _known(record: dict, sizes: dict) -> dict:
     "The cells of a record that are asked for, if all of them are there."
-    wanted = {t: [str(c[0]) for c in cells] for t, cells in sizes["recall"].items()} | {f"cot-{t}": [str(n) for n in sizes["steps"]] for t in "MADH"}
-    return {t: {x: record[t][x] for x in xs} for t, xs in wanted.items()} if all(x in record.get(t, {}) for t, xs in wanted.items() for x in xs) else {}
+    wanted = {t: [str(c[0]) for c in cells] for t, cells in sizes["recall"].items()} | {
+        f"cot-{t}": [str(n) for n in sizes["steps"]] for t in "MADH"
+    }
+    return (
+        {t: {x: record[t][x] for x in xs} for t, xs in wanted.items()}
+        if all(x in record.get(t, {}) for t, xs in wanted.items() for x in xs)
+        else {}
+    )
 
 # %% ../nbs/10_amnesia.ipynb #acc9d8b4
 def _run_folder(out: Path, config: dict) -> Path:
     "The folder of a run, new or the same run's. Raises CheckpointError for anything else that stands there."
     note = out / "recipe.json"
     if out.exists():
-        if not note.is_file(): raise CheckpointError(f"{out} exists and is not a run of this experiment: choose another folder with --out")
+        if not note.is_file():
+            raise CheckpointError(f"{out} exists and is not a run of this experiment: choose another folder with --out")
         if json.loads(note.read_text()) != json.loads(json.dumps(config)):
-            raise CheckpointError(f"{out} holds a run with another seed or recipe: choose another folder with --out, or remove it")
+            raise CheckpointError(
+                f"{out} holds a run with another seed or recipe: choose another folder with --out, or remove it"
+            )
     else:
-        if not out.resolve().parent.is_dir(): raise CheckpointError(f"there is no folder {out.resolve().parent} to put {out.name} into: make it first")
+        if not out.resolve().parent.is_dir():
+            raise CheckpointError(f"there is no folder {out.resolve().parent} to put {out.name} into: make it first")
         out.mkdir()
         _write(note, config)
     return out
@@ -318,30 +433,38 @@ def seed_numbers(
     text: str,  # a number, or several as in 0,1,2 or 0-4
 ) -> list[int]:
     "The seeds that are meant. Raises CheckpointError where there is none."
-    try: seeds = [n for part in text.split(",") for a, _, b in [part.partition("-")] for n in range(int(a), int(b or a) + 1)]
-    except ValueError: raise CheckpointError(f"--seed {text}: give a number, or several as in 0,1,2 or 0-4") from None
+    try:
+        seeds = [
+            n for part in text.split(",") for a, _, b in [part.partition("-")] for n in range(int(a), int(b or a) + 1)
+        ]
+    except ValueError:
+        raise CheckpointError(f"--seed {text}: give a number, or several as in 0,1,2 or 0-4") from None
     if not seeds: raise CheckpointError(f"--seed {text} names no seed: give a number, or several as in 0,1,2 or 0-4")
     return seeds
 
 
 def run(
     profile: str | None = None,      # smoke, colab or gpu; None: what this machine can do
-    out: str | Path | None = None,   # run folder; None: ./qkrestore-experiment-<profile>-<model>-seed<seed>. An interrupted run goes on
+    out: str | Path | None = None,  # run folder; None: ./qkrestore-experiment-<profile>-<model>-seed<seed>. An
+                                    # interrupted run goes on
     seed: int = 0,                   # of pre-training and of the questions
     model: str = "hypenet7m",        # one of `models`
     kinds: Iterable[str] = ("near",),           # of fine-tuning
     variants: Iterable[str] = decisive,         # what is evaluated; of `decisive` and `alternatives`
     sft_seed: int = 0,               # of fine-tuning
 ) -> Path:
-    """Pre-train, fine-tune, repair, evaluate. Writes pre/, a folder for each kind, and MODEL-KIND-seedN.json with the scores;
-    returns the run folder. Raises CheckpointError where the folder belongs to something else or the profile cannot run."""
+    """Pre-train, fine-tune, repair, evaluate. Writes pre/, a folder for each kind, and MODEL-KIND-seedN.json with the
+    scores; returns the run folder. Raises CheckpointError where the folder belongs to something else or the profile
+    cannot run."""
     try: machine = pick_profile(profile)
     except ValueError as e: raise CheckpointError(str(e)) from e
     (model,), chosen = _named([model], models, "model"), _named(kinds, sfts, "kind of fine-tuning")
     wanted = _named(["pre", "post", *variants], [*decisive, *alternatives], "variant")
     recipe = recipes[machine.name]
     if recipe["pretraining"] is None and model != "hypenet7m":
-        raise CheckpointError(f"profile {machine.name} starts from the shipped model, hypenet7m: use --profile gpu for {model}")
+        raise CheckpointError(
+            f"profile {machine.name} starts from the shipped model, hypenet7m: use --profile gpu for {model}"
+        )
     fields = {**model_fields, **models[model], **recipe.get("model", {})}
     config = dict(profile=machine.name, model=model, recipe=recipe, fields=fields)
     out = _run_folder(Path(out or f"qkrestore-experiment-{machine.name}-{model}-seed{seed}"), dict(seed=seed, **config))
@@ -358,20 +481,44 @@ def run(
 
 def _too_small(recipe: dict) -> str:
     tokens = (recipe.get("pretraining_data") or dict(tokens=128 * 128))["tokens"]
-    return (f"memory ran out with {tokens:,} tokens a step: free the device of other programs, or halve tokens (pretraining_data) and rows (sft_data) "
-            "of qkrestore_nb.experiment.recipes; what is finished is kept, the same command goes on")
+    return (
+        f"memory ran out with {tokens:,} tokens a step: free the device of other programs, or halve tokens "
+        "(pretraining_data) and rows (sft_data) "
+        "of qkrestore_nb.experiment.recipes; what is finished is kept, the same command goes on"
+    )
 
 # %% ../nbs/10_amnesia.ipynb #0ne0kind
-def _one(out: Path, kind: str, seed: int, sft_seed: int, machine: Profile, config: dict, wanted: tuple[str, ...], made: dict, asker: _Asker | None):
+def _one(
+    out: Path,
+    kind: str,
+    seed: int,
+    sft_seed: int,
+    machine: Profile,
+    config: dict,
+    wanted: tuple[str, ...],
+    made: dict,
+    asker: _Asker | None,
+):
     "One kind of fine-tuning: its checkpoint, its probes, its scores, in one file that is written after every variant."
     name = kind + (f"-sft{sft_seed}" if sft_seed else "")
     recipe, then = config["recipe"], time.perf_counter()
     path = out / f"{config['model']}-{kind}-seed{seed}{name.removeprefix(kind)}.json"
-    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else dict(seed=seed, sft_seed=sft_seed, config=dict(**config, kind=kind), wall_s=0., scores={}, probes=[])
+    result: dict[str, Any] = (
+        json.loads(path.read_text())
+        if path.exists()
+        else dict(seed=seed, sft_seed=sft_seed, config=dict(**config, kind=kind), wall_s=0.0, scores={}, probes=[])
+    )
     told, spent = {p["step"] for p in result["probes"]}, result["wall_s"]
 
     def keep():
-        _write(path, dict(result, **{k: v for k, v in provenance(seed).items() if k not in ("seed", "config")}, wall_s=round(spent + time.perf_counter() - then, 1)))
+        _write(
+            path,
+            dict(
+                result,
+                **{k: v for k, v in provenance(seed).items() if k not in ("seed", "config")},
+                wall_s=round(spent + time.perf_counter() - then, 1),
+            ),
+        )
 
     def probe(step, model):
         if step in told: return
@@ -379,10 +526,13 @@ def _one(out: Path, kind: str, seed: int, sft_seed: int, machine: Profile, confi
         keep()
 
     chain = "far" if sfts[kind].data.get("chain") == "far" else "near"
-    result["sft"] = finetune(recipe, out, kind, 1000 * sft_seed + seed, machine, probe if kind == "near" else None, name)
+    result["sft"] = finetune(
+        recipe, out, kind, 1000 * sft_seed + seed, machine, probe if kind == "near" else None, name
+    )
     result["pretraining"] = made
     first = out / f"{config['model']}-near-seed{seed}.json"
-    seen = json.loads(first.read_text())["scores"].get("pre", {}) if first.exists() else {}  # pre is the same for every kind
+    # pre is the same for every kind
+    seen = json.loads(first.read_text())["scores"].get("pre", {}) if first.exists() else {}
     for variant_name in wanted:
         if variant_name in result["scores"]: continue
         sizes = recipe["few" if variant_name not in decisive else "long" if name == "near" else "short"]
@@ -395,14 +545,24 @@ def _one(out: Path, kind: str, seed: int, sft_seed: int, machine: Profile, confi
     return asker
 
 # %% ../nbs/10_amnesia.ipynb #b0488ca3
-names = {"pre": "before SFT", "post": "after SFT", "qk": "Q,K restored", "vo": "V,O restored", "average 0.9": "all weights at 0.9"}
+names = {
+    "pre": "before SFT",
+    "post": "after SFT",
+    "qk": "Q,K restored",
+    "vo": "V,O restored",
+    "average 0.9": "all weights at 0.9",
+}
 
 
 def _rows(scores: dict) -> dict[str, list[tuple[str, str]]]:
-    "What a table or figure shows: a label, and the (test, length) cells behind it. The four reasoning tasks are one row."
+    """What a table or figure shows: a label, and the (test, length) cells behind it. The four reasoning tasks are one
+    row."""
     found: dict = {}
     for test, cells in scores["pre"].items():
-        for x in cells: found.setdefault(f"{x}-step chains" if test.startswith("cot-") else f"{test} at {int(x):,} tokens", []).append((test, x))
+        for x in cells:
+            found.setdefault(
+                f"{x}-step chains" if test.startswith("cot-") else f"{test} at {int(x):,} tokens", []
+            ).append((test, x))
     return found
 
 
@@ -424,8 +584,14 @@ def table(
     lines = [f"{'percent right':<24}" + "".join(f"{names[v]:>20}" for v in shown) + f"{'n':>7}"]
     for label, cells in _rows(scores).items():
         looked = all("lookup" in scores["pre"][t][x] for t, x in cells)
-        say = lambda v: f"{share(scores[v], cells):.0f}" + (f" ({share(scores[v], cells, 'lookup'):.0f})" if looked else "     ")
-        lines.append(f"{label:<24}" + "".join(f"{say(v):>20}" for v in shown) + f"{sum(scores['pre'][t][x]['n'] for t, x in cells):>7}")
+        say = lambda v: (
+            f"{share(scores[v], cells):.0f}" + (f" ({share(scores[v], cells, 'lookup'):.0f})" if looked else "     ")
+        )
+        lines.append(
+            f"{label:<24}"
+            + "".join(f"{say(v):>20}" for v in shown)
+            + f"{sum(scores['pre'][t][x]['n'] for t, x in cells):>7}"
+        )
     return "\n".join(lines)
 
 
@@ -438,11 +604,21 @@ def verdict(
     at = {v: float(sum(share(scores[v], [c]) for c in recall) / len(recall)) for v in names if v in scores}
     lost = at["pre"] - at["post"]
     if lost < 3: return f"Fine-tuning took {lost:.0f} points of recall here: there is nothing to restore."
-    return (f"Fine-tuning took {lost:.0f} of {at['pre']:.0f} points of recall. Restoring Q and K of the softmax layers recovers {at['qk'] - at['post']:.0f} of them, "
-            f"V and O {at['vo'] - at['post']:.0f}. Chains stay at {share(scores['qk'], chains):.0f}% ({share(scores['post'], chains):.0f}% after SFT).")
+    return (
+        f"Fine-tuning took {lost:.0f} of {at['pre']:.0f} points of recall. Restoring Q and K of the softmax layers "
+        f"recovers {at['qk'] - at['post']:.0f} of them, "
+        f"V and O {at['vo'] - at['post']:.0f}. Chains stay at {share(scores['qk'], chains):.0f}% "
+        f"({share(scores['post'], chains):.0f}% after SFT)."
+    )
 
 # %% ../nbs/10_amnesia.ipynb #f1gure00
-_spelt = dict(S1="a number in noise", S2="a number in an essay", S3="16 letters in an essay", MK="one of 8 similar keys", MF="a full haystack")
+_spelt = dict(
+    S1="a number in noise",
+    S2="a number in an essay",
+    S3="16 letters in an essay",
+    MK="one of 8 similar keys",
+    MF="a full haystack",
+)
 
 
 def _spell(label: str) -> str:
@@ -456,7 +632,9 @@ def figure(
 ) -> "Figure":
     "Bars by test: exact match dark, look-up accuracy light, one colour for each variant; the verdict is the title."
     import textwrap
+
     import matplotlib.pyplot as plt
+
     from qkrestore_nb.core import colors, plot_style
     plot_style()
     rows, shown = _rows(scores), [v for v in names if v in scores]
@@ -465,10 +643,18 @@ def figure(
     for i, v in enumerate(shown):
         for j, cells in enumerate(rows.values()):
             x, y = j + .16 * (i - (len(shown) - 1) / 2), share(scores[v], cells)
-            if "lookup" in scores[v][cells[0][0]][cells[0][1]]: ax.bar(x, share(scores[v], cells, "lookup"), .14, color=color[v], alpha=.35)
+            if "lookup" in scores[v][cells[0][0]][cells[0][1]]:
+                ax.bar(x, share(scores[v], cells, "lookup"), 0.14, color=color[v], alpha=0.35)
             ax.bar(x, y, .14, color=color[v], label=None if j else names[v])
             ax.text(x, y + 1, f"{y:.0f}", ha="center", fontsize=8)
-    ax.set(ylabel="right, %", ylim=(0, 117), yticks=range(0, 101, 20), xticks=range(len(rows)), xticklabels=[_spell(label) for label in rows], xlim=(-.6, len(rows) - .4))
+    ax.set(
+        ylabel="right, %",
+        ylim=(0, 117),
+        yticks=range(0, 101, 20),
+        xticks=range(len(rows)),
+        xticklabels=[_spell(label) for label in rows],
+        xlim=(-0.6, len(rows) - 0.4),
+    )
     ax.text(len(rows) - .42, 112, "dark: exact match, light: look-up", ha="right", fontsize=8)
     ax.grid(axis="x", visible=False)
     ax.set_title("\n".join(textwrap.wrap(verdict(scores), 95)), fontsize=10)
@@ -484,16 +670,26 @@ def pair() -> Path:
 # %% ../nbs/10_amnesia.ipynb #85623220
 # chosen for what they test before the shipped pair was known: a long string, similar keys, a full haystack, long chains
 demo_sizes: dict = dict(recall=dict(S3=[(4096, 4, 1)], MK=[(4096, 1, 8)], MF=[(1024, 2, 32)]), steps=(8,), problems=8)
-full_sizes: dict = dict(recall=dict(S2=[(4096, 32, 1), (16384, 16, 1)], S3=[(1024, 32, 1), (4096, 32, 1), (16384, 16, 1)],
-                                    MK=[(1024, 8, 8), (4096, 8, 8), (16384, 2, 8)], MF=[(1024, 8, 32), (4096, 2, 64)]), steps=(2, 4, 8), problems=64)
+full_sizes: dict = dict(
+    recall=dict(
+        S2=[(4096, 32, 1), (16384, 16, 1)],
+        S3=[(1024, 32, 1), (4096, 32, 1), (16384, 16, 1)],
+        MK=[(1024, 8, 8), (4096, 8, 8), (16384, 2, 8)],
+        MF=[(1024, 8, 32), (4096, 2, 64)],
+    ),
+    steps=(2, 4, 8),
+    problems=64,
+)
 
 
 def _free(out: str | Path | None, stem: str) -> Path:
     "A folder that is free. Raises CheckpointError for one that exists, or whose parent does not."
-    if out is None: out = next(p for i in range(1, 10 ** 6) if not os.path.lexists(p := f"{stem}{'' if i == 1 else f'-{i}'}"))
+    if out is None:
+        out = next(p for i in range(1, 10**6) if not os.path.lexists(p := f"{stem}{'' if i == 1 else f'-{i}'}"))
     out = Path(out)
     if os.path.lexists(out): raise CheckpointError(f"{out} exists: choose a name that is free with --out")
-    if not out.resolve().parent.is_dir(): raise CheckpointError(f"there is no folder {out.resolve().parent} to put {out.name} into: make it first")
+    if not out.resolve().parent.is_dir():
+        raise CheckpointError(f"there is no folder {out.resolve().parent} to put {out.name} into: make it first")
     return out
 
 
@@ -503,28 +699,38 @@ def demo(
     packed: bool = False,           # True: the sibling that was fine-tuned on packed rows
     seed: int = 0,                  # of the questions; the checkpoints are the shipped ones
 ) -> Path:
-    """Copy the shipped checkpoints, restore Q and K file by file, evaluate five models, and show the result: demo.json and demo.png
-    in `out`, which is returned. Raises CheckpointError where `out` exists."""
+    """Copy the shipped checkpoints, restore Q and K file by file, evaluate five models, and show the result: demo.json
+    and demo.png in `out`, which is returned. Raises CheckpointError where `out` exists."""
     import torch
     from tqdm.auto import tqdm
+
     from qkrestore_nb.hypenet import HypeNetForCausalLM
     from qkrestore_nb.restore import qk_restore
     from qkrestore_nb.variants import variant
     then, sizes = time.perf_counter(), full_sizes if full else demo_sizes
     out = _free(out, "qkrestore-demo")
     out.mkdir()
-    for name, source in (("pre", "pre"), ("post", "packed" if packed else "post")): shutil.copytree(pair() / source, out / name)
+    for name, source in (("pre", "pre"), ("post", "packed" if packed else "post")):
+        shutil.copytree(pair() / source, out / name)
     qk_restore(out / "pre", out / "post", out=out / "restored")
     load = lambda name: HypeNetForCausalLM.from_pretrained(out / name, dtype=torch.float32).eval()
     model = load("restored")
     weights: dict = {name: load(name).state_dict() for name in ("pre", "post")}
-    weights["qk"], scores = {n: w.clone() for n, w in model.state_dict().items()}, {}  # the model takes other weights on
+    # the model takes other weights on
+    weights["qk"], scores = {n: w.clone() for n, w in model.state_dict().items()}, {}
     total = len(names) * (sum(map(len, sizes["recall"].values())) + 4 * len(sizes["steps"]))
     with tqdm(total=total, desc="evaluating", bar_format="{desc} {bar} {n}/{total} [{elapsed}] {postfix}") as bar:
         for name, label in names.items():
             model.load_state_dict(weights.get(name) or variant(name, weights["pre"], weights["post"], model.config))
             def on_progress(text): bar.set_postfix_str(f"{label}: {text}", refresh=False), bar.update()
             scores[name] = evaluate(model, **sizes, seed=seed, on_progress=on_progress)
-    _write(out / "demo.json", dict(**provenance(seed, full=full, packed=packed, **sizes), wall_s=round(time.perf_counter() - then, 1), scores=scores))
+    _write(
+        out / "demo.json",
+        dict(
+            **provenance(seed, full=full, packed=packed, **sizes),
+            wall_s=round(time.perf_counter() - then, 1),
+            scores=scores,
+        ),
+    )
     figure(scores).savefig(out / "demo.png")
     return out

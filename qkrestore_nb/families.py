@@ -424,7 +424,9 @@ def _by_rule(rule: dict, config: dict, family: dict, n) -> list[str] | None:
         return None
     said = [str(w) for w in said]
     if (unknown := sorted(set(said) - kinds.keys())) and not family["other"]:
-        raise CheckpointError(f"unknown kind of layer {', '.join(unknown)} in {field}: known are {', '.join([*kinds][:6])}")
+        raise CheckpointError(
+            f"unknown kind of layer {', '.join(unknown)} in {field}: known are {', '.join([*kinds][:6])}"
+        )
     if rule.get("cycled"):
         return [kinds[said[i % len(said)]] for i in range(n)]
     if n is not None and len(said) != n:
@@ -762,7 +764,8 @@ def planned_moves(
         if there is None:
             gone = [f"{p}.weight" for o in options for p in o]
             raise CheckpointError(
-                f"{which} {_beside([prefix + g for g in gone], names) or f'has no tensor {prefix}{gone[0]}: {_together}'}"
+                f"{which} "
+                f"{_beside([prefix + g for g in gone], names) or f'has no tensor {prefix}{gone[0]}: {_together}'}"
             )
         some = _with_extras(family, layer, role, there, prefix, names, selection.include)
         moves += [dict(layer=layer, role=role, part=n.split(".", 2)[2], name=prefix + n) for n in some]
@@ -939,7 +942,9 @@ def stretches(
 def _object(config: dict, name: str) -> dict:
     value = config.get(name) or {}
     if not isinstance(value, dict):
-        raise CheckpointError(f"{name} of config.json is {str(value)[:40]!r}, which is no object: save the config again")
+        raise CheckpointError(
+            f"{name} of config.json is {str(value)[:40]!r}, which is no object: save the config again"
+        )
     return value
 
 

@@ -29,20 +29,25 @@ def json_lines(
     file: str | Path,
     most: int = 10_000_000,  # bytes a line: a book has a million
 ) -> Iterator[tuple[str, object]]:
-    "Where each line stands, in words, and what it holds; empty lines are passed over. Raises CheckpointError with the number of a line that is no JSON."
+    """Where each line stands, in words, and what it holds; empty lines are passed over. Raises CheckpointError with the
+    number of a line that is no JSON."""
     try: lines = open(file, "rb")
     except OSError as e: raise CheckpointError(f"{file} cannot be read: {e.strerror}") from e
     with lines:
         number = 0
         while line := lines.readline(most + 1):
             number, where = number + 1, f"{file}, line {number + 1}"
-            if len(line) > most: raise CheckpointError(f"{where} has more than {most / 1e6:g} MB: is it one conversation a line?")
+            if len(line) > most:
+                raise CheckpointError(f"{where} has more than {most / 1e6:g} MB: is it one conversation a line?")
             if not line.strip(): continue
             try:
                 row = json.loads(line.decode())
-                if b"\\u" in line: json.dumps(row, ensure_ascii=False).encode()  # half a character, as in "\\ud800", is no text
+                # half a character, as in "\\ud800", is no text
+                if b"\\u" in line: json.dumps(row, ensure_ascii=False).encode()
             except (ValueError, RecursionError) as e:
-                raise CheckpointError(f"{where} is not JSON ({' '.join(str(e).split())[:80]}): mend or remove it") from e
+                raise CheckpointError(
+                    f"{where} is not JSON ({' '.join(str(e).split())[:80]}): mend or remove it"
+                ) from e
             yield where, row
 
 
@@ -51,42 +56,74 @@ def _loaded(data: str) -> Iterator[tuple[str, object]]:
     try: from datasets import load_dataset
     except ImportError as e: raise CheckpointError(f'{data} needs datasets: pip install "qkrestore_nb[train]"') from e
     name, _, split = data.partition(":")
-    try: rows = load_dataset("parquet", data_files=data, split="train") if data.endswith(".parquet") else load_dataset(name, split=split or "train")
+    try:
+        rows = (
+            load_dataset("parquet", data_files=data, split="train")
+            if data.endswith(".parquet")
+            else load_dataset(name, split=split or "train")
+        )
     except Exception as e:  # of the hub, of the network, of the file: as many kinds as there are ways to keep data
-        raise CheckpointError(f"{data[:60]} cannot be loaded as a dataset ({type(e).__name__}): is the name right, and the network there?") from e
+        raise CheckpointError(
+            f"{data[:60]} cannot be loaded as a dataset ({type(e).__name__}): is the name right, and the network there?"
+        ) from e
     for number, row in enumerate(rows): yield f"{data}, row {number}", row
 
 
 def _lines(data: str | Path) -> Iterator[tuple[str, object]]:
-    hub = isinstance(data, str) and not Path(data).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", data)
-    return _loaded(str(data)) if hub and Path(data).suffix not in (".json", ".jsonl") or Path(data).suffix == ".parquet" else json_lines(data)
+    hub = (
+        isinstance(data, str)
+        and not Path(data).exists()
+        and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", data)
+    )
+    return (
+        _loaded(str(data))
+        if hub and Path(data).suffix not in (".json", ".jsonl") or Path(data).suffix == ".parquet"
+        else json_lines(data)
+    )
 
 
 def _said(message) -> dict | None:
     "A message with its text in one piece: parts of type text are joined. None for anything else."
     if not isinstance(message, dict) or not isinstance(message.get("role"), str): return None
     content = message.get("content")
-    if isinstance(content, list) and content and all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content):
+    if (
+        isinstance(content, list)
+        and content
+        and all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content)
+    ):
         content = "".join(p["text"] for p in content)
     return message | dict(content=content) if isinstance(content, str) else None
 
 
 def read_chats(
-    data: str | Path,  # json lines, a parquet file, or a dataset of the hub (owner/name, or owner/name:split), of rows {"messages":
-                       # [{"role": ..., "content": ...}, ...]}, or {"prompt": ..., "completion": ...}: texts, or lists of messages
+    data: str | Path,  # json lines, a parquet file, or a dataset of the hub (owner/name, or owner/name:split), of rows
+                       # {"messages":
+                       # [{"role": ..., "content": ...}, ...]}, or {"prompt": ..., "completion": ...}: texts, or lists
+                       # of messages
 ) -> Iterator[list[dict]]:
-    "Conversations, one after the other, as lists of messages. Raises CheckpointError with the number of a line that is broken."
+    """Conversations, one after the other, as lists of messages. Raises CheckpointError with the number of a line that
+    is broken."""
     for where, row in _lines(data):
         if not isinstance(row, dict): row = {}
         messages = row.get("messages")
         if messages is None and {"prompt", "completion"} <= row.keys():
             asked, answer = row["prompt"], row["completion"]
-            messages = asked + answer if isinstance(asked, list) and isinstance(answer, list) else [dict(role="user", content=asked), dict(role="assistant", content=answer)]
+            messages = (
+                asked + answer
+                if isinstance(asked, list) and isinstance(answer, list)
+                else [dict(role="user", content=asked), dict(role="assistant", content=answer)]
+            )
         said = messages if isinstance(messages, list) else [None]
         texts = [text for m in said if (text := _said(m))]
         if not texts or len(texts) < len(said):
-            raise CheckpointError(f'{where} has neither "messages" (a list of role and content, which is text) nor "prompt" and "completion"')
-        if texts[-1]["role"] != "assistant": raise CheckpointError(f"{where} does not end with what the assistant says: there is nothing to learn from it")
+            raise CheckpointError(
+                f'{where} has neither "messages" (a list of role and content, which is text) nor "prompt" and '
+                '"completion"'
+            )
+        if texts[-1]["role"] != "assistant":
+            raise CheckpointError(
+                f"{where} does not end with what the assistant says: there is nothing to learn from it"
+            )
         yield texts
 
 
@@ -95,32 +132,44 @@ def recall_chats(
     T: int,        # tokens that a conversation may have
     seed: int = 0,
 ) -> Iterator[list[dict]]:
-    """Conversations without end that ask for a needle in prose (chapter 04a): rows of recall to mix into other data. Raises CheckpointError
-    for rows too short for a haystack, or a tokenizer that cannot spell."""
+    """Conversations without end that ask for a needle in prose (chapter 04a): rows of recall to mix into other data.
+    Raises CheckpointError for rows too short for a haystack, or a tokenizer that cannot spell."""
     from qkrestore_nb.prose import prose_test
     for more in count():  # sixteen of each kind at once: how many words fill T tokens is tried once for all of them
-        try: batches = [prose_test(kind, tokenizer, T, 16, seed=seed + more, room=80) for kind in ("single_2", "multikey_1")]
-        except ValueError as e: raise CheckpointError(f"no rows of recall: {e}") from e
+        try:
+            batches = [
+                prose_test(kind, tokenizer, T, 16, seed=seed + more, room=80) for kind in ("single_2", "multikey_1")
+            ]
+        except ValueError as e:
+            raise CheckpointError(f"no rows of recall: {e}") from e
         for hay in chain(*zip(*batches)):
             asked, = hay["questions"]
-            yield [dict(role="user", content=hay["context"] + asked["question"]), dict(role="assistant", content=f"{asked['prefix']} {', '.join(asked['answers'])}.")]
+            yield [
+                dict(role="user", content=hay["context"] + asked["question"]),
+                dict(role="assistant", content=f"{asked['prefix']} {', '.join(asked['answers'])}."),
+            ]
 
 
 def encode_chat(
     tokenizer,
     messages: list[dict],
 ) -> tuple[list[int], list[int]]:
-    "Ids and labels of one conversation in the tokenizer's chat template (without one: texts on lines of their own); labels are -100 but for the assistant's words."
+    """Ids and labels of one conversation in the tokenizer's chat template (without one: texts on lines of their own);
+    labels are -100 but for the assistant's words."""
     if not tokenizer.chat_template:
         ids: list[int] = []
         labels: list[int] = []
         for m in messages:
             said = m["role"] == "assistant"
-            new = tokenizer(m["content"] + ("" if said else "\n"), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * (said and tokenizer.eos_token_id is not None)
+            new = tokenizer(m["content"] + ("" if said else "\n"), add_special_tokens=False)["input_ids"] + [
+                tokenizer.eos_token_id
+            ] * (said and tokenizer.eos_token_id is not None)
             ids, labels = ids + new, labels + (new if said else [-100] * len(new))
         return ids, labels
     @cache
-    def upto(n, prompt): return tokenizer.apply_chat_template(messages[:n], add_generation_prompt=prompt, return_dict=True)["input_ids"]
+    def upto(n, prompt):
+        return tokenizer.apply_chat_template(messages[:n], add_generation_prompt=prompt, return_dict=True)["input_ids"]
+
     def said_from(i):  # where the words of message i begin, behind what the template asks an assistant with
         if i: return len(upto(i, True))
         whole, prompt = upto(1, False), upto(1, True)[len(upto(1, False)):]  # there is no empty conversation to ask
@@ -139,12 +188,18 @@ def packed_rows(
     tokenizer,
     T: int,      # tokens a row
 ) -> Iterator[dict[str, list[int]]]:
-    "Rows of several conversations: dicts of input_ids, labels (-100: no weight) and position_ids, which begin anew with each; lists of T."
+    """Rows of several conversations: dicts of input_ids, labels (-100: no weight) and position_ids, which begin anew
+    with each; lists of T."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     row: dict[str, list[int]] = dict(input_ids=[], labels=[], position_ids=[])
     def full():
         left = T - len(row["input_ids"])
-        for key, filler in (("input_ids", [pad] * left), ("labels", [-100] * left), ("position_ids", list(range(left)))): row[key] += filler
+        for key, filler in (
+            ("input_ids", [pad] * left),
+            ("labels", [-100] * left),
+            ("position_ids", list(range(left))),
+        ):
+            row[key] += filler
         return dict(row)
     for messages in chats:
         ids, labels = (x[:T] for x in encode_chat(tokenizer, messages))
@@ -152,7 +207,8 @@ def packed_rows(
             yield full()
             row = {key: [] for key in row}
         # the first token of a conversation is nobody's next token: no weight across the border
-        for key, new in (("input_ids", ids), ("labels", [-100] + labels[1:]), ("position_ids", list(range(len(ids))))): row[key] += new
+        for key, new in (("input_ids", ids), ("labels", [-100] + labels[1:]), ("position_ids", list(range(len(ids))))):
+            row[key] += new
     if row["input_ids"]: yield full()
 
 # %% ../nbs/13a_finetune.ipynb #c31cdf2f
@@ -170,19 +226,29 @@ def summed_loss(
         n = sum(y >= 0 for r in rows for y in r["labels"][1:])  # counted here: a GPU that is asked makes Python wait
         return model(**x, labels=labels, use_cache=False).loss, n
     logits = model(**x, use_cache=False).logits[:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"), int((labels >= 0).sum())
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"), int(
+        (labels >= 0).sum()
+    )
 
 # %% ../nbs/13a_finetune.ipynb #leak0001
 def leaks(
     model,  # of transformers
     n: int = 16,  # tokens of a conversation
 ) -> bool:
-    "Whether a conversation in a packed row sees the one before it: does another first one change what is said of the second?"
+    """Whether a conversation in a packed row sees the one before it: does another first one change what is said of the
+    second?"""
     import torch
     device = next(model.parameters()).device
     first, other, second = torch.arange(3 * n, device=device).view(3, n) % model.config.get_text_config().vocab_size
     places = torch.arange(n, device=device).repeat(2)[None]
-    def said(before): return model(input_ids=torch.cat([before, second])[None], position_ids=places, use_cache=False).logits[:, n:].float()
+
+    def said(before):
+        return (
+            model(input_ids=torch.cat([before, second])[None], position_ids=places, use_cache=False)
+            .logits[:, n:]
+            .float()
+        )
+
     with torch.no_grad(): x, y = said(first), said(other)
     noise = max(1e-5, 4 * torch.finfo(next(model.parameters()).dtype).eps)
     return bool((x - y).abs().max() > noise * x.abs().max())
@@ -226,7 +292,8 @@ def loss_in_pieces(
     model,  # of HypeNet's family; changed in place
     piece: int = 2048,  # tokens whose logits exist at a time
 ) -> None:
-    "Let the model sum its loss over pieces of a row: with labels (of the next tokens) it returns the sum, and no logits."
+    """Let the model sum its loss over pieces of a row: with labels (of the next tokens) it returns the sum, and no
+    logits."""
     head, function = model.lm_head, _summed_in_pieces()
     def loss(x, labels, vocab_size, **kwargs):
         return function.apply(x[:, :-1].flatten(0, 1), head.weight, labels.flatten(), piece)
@@ -242,88 +309,157 @@ def training_needs(
     trust_remote_code: bool = False,  # as in `scale.needs`
     parameters: int | None = None,    # of the model, where they are counted already
 ) -> dict:
-    "GB on each card for fine-tuning with checkpointed activations: state (weights, gradients, moments), activations, logits, total."
+    """GB on each card for fine-tuning with checkpointed activations: state (weights, gradients, moments), activations,
+    logits, total."""
     from qkrestore_nb.families import layer_kinds, text_config
     from qkrestore_nb.scale import built, config_of
     config = config_of(checkpoint, trust_remote_code)
     c, parameters = text_config(config.to_dict()), parameters or sum(p.numel() for p in built(config).parameters())
-    d, ffn, layers = c["hidden_size"], c.get("intermediate_size") or 4 * c["hidden_size"], len(layer_kinds(config.to_dict()))
-    whole = (gpus > 1) * (12 * parameters / layers + 8 * c["vocab_size"] * d)  # two layers and a gradient on their way, the embedding and its gradient
+    d, ffn, layers = (
+        c["hidden_size"],
+        c.get("intermediate_size") or 4 * c["hidden_size"],
+        len(layer_kinds(config.to_dict())),
+    )
+    # two layers and a gradient on their way, the embedding and its gradient
+    whole = (gpus > 1) * (12 * parameters / layers + 8 * c["vocab_size"] * d)
     outside = 2 * c["vocab_size"] * d  # embedding and head; in 4 bits 64 weights share a scale: 0.56 bytes each
-    state = .56 * (parameters - outside) + 2 * outside if four_bit else 2 * parameters if lora else 16 * parameters / gpus + whole
+    state = (
+        0.56 * (parameters - outside) + 2 * outside
+        if four_bit
+        else 2 * parameters
+        if lora
+        else 16 * parameters / gpus + whole
+    )
     pieces = config.model_type in ("hypenet", "hybrid")
-    logits = (12 * min(T, 2048) + 6 * d) * c["vocab_size"] if pieces else (2 + 4 + 4 + 4) * T * c["vocab_size"]  # and the head once more
+    # and the head once more
+    logits = (12 * min(T, 2048) + 6 * d) * c["vocab_size"] if pieces else (2 + 4 + 4 + 4) * T * c["vocab_size"]
     gb = dict(state=state, activations=4 * T * layers * d + 2 * T * (8 * d + 5 * ffn), logits=logits)
     return {f"{k}_gb": v / 1e9 for k, v in (gb | dict(total=sum(gb.values()))).items()}
 
 # %% ../nbs/13a_finetune.ipynb #647967ae
 def _accelerator(dtype: str):
-    "One process: as it is. Several GPUs: weights, gradients and moments sharded (FSDP2), layer by layer. Several CPU processes: copies (DDP)."
+    """One process: as it is. Several GPUs: weights, gradients and moments sharded (FSDP2), layer by layer. Several CPU
+    processes: copies (DDP)."""
     import torch
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import MixedPrecisionPolicy
     cuda, plugin = torch.cuda.is_available(), None
     if cuda and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # weights travel in float32 and meet autocast where they are used, as on one card; bfloat16 would halve the traffic and round the residual stream
-        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True,
-                                                state_dict_type="SHARDED_STATE_DICT", mixed_precision_policy=MixedPrecisionPolicy())
-    return Accelerator(mixed_precision=dict(bfloat16="bf16", float16="fp16").get(dtype, "no"), fsdp_plugin=plugin, cpu=not cuda)
+        # weights travel in float32 and meet autocast where they are used, as on one card; bfloat16 would halve the
+        # traffic and round the residual stream
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            reshard_after_forward=True,
+            state_dict_type="SHARDED_STATE_DICT",
+            mixed_precision_policy=MixedPrecisionPolicy(),
+        )
+    return Accelerator(
+        mixed_precision=dict(bfloat16="bf16", float16="fp16").get(dtype, "no"), fsdp_plugin=plugin, cpu=not cuda
+    )
 
 
 def _run_folder(out: Path, recipe: dict) -> Path:
     "Where the run keeps its states. CheckpointError where out exists, or another run stands there."
     run = out.with_name(out.name + ".run")
     if os.path.lexists(out): raise CheckpointError(f"{out} exists: choose a name that is free")
-    if not out.resolve().parent.is_dir(): raise CheckpointError(f"there is no folder {out.resolve().parent} to put {out.name} into: make it first")
+    if not out.resolve().parent.is_dir():
+        raise CheckpointError(f"there is no folder {out.resolve().parent} to put {out.name} into: make it first")
     if not os.path.lexists(run): return run
     if run.is_symlink() or run.stat().st_uid != os.geteuid():
-        raise CheckpointError(f"{run} is not a folder of yours, and a run goes on from what lies in it: choose another name, or remove it")
+        raise CheckpointError(
+            f"{run} is not a folder of yours, and a run goes on from what lies in it: choose another name, or remove it"
+        )
     try: note = read_json(run / "recipe.json")
     except FileNotFoundError: return run
     except CheckpointError as e: raise CheckpointError(f"{e}; or remove {run}, and begin anew") from e
     old, new = note | {"data_sha256": 0}, json.loads(json.dumps(recipe)) | {"data_sha256": 0}
-    if old != new: raise CheckpointError(f"{run} holds a run with other settings: repeat them, choose another name, or remove it")
+    if old != new:
+        raise CheckpointError(f"{run} holds a run with other settings: repeat them, choose another name, or remove it")
     if note.get("data_sha256") != recipe["data_sha256"]:
-        raise CheckpointError(f"{run} holds a run on another {recipe['data']}, which was changed since: bring the old one back, or remove the run")
+        raise CheckpointError(
+            f"{run} holds a run on another {recipe['data']}, which was changed since: bring the old one back, or "
+            "remove the run"
+        )
     return run
 
 
-def _rows_at_once(config, T: int, share: int, world: int, rank: int, out: Path, cuda: bool, four_bit: bool = False, states: int = 2) -> int:
-    "How many of its share of rows a card reads at once. CheckpointError where memory or the disk is too small for one, with the numbers."
+def _rows_at_once(
+    config, T: int, share: int, world: int, rank: int, out: Path, cuda: bool, four_bit: bool = False, states: int = 2
+) -> int:
+    """How many of its share of rows a card reads at once. CheckpointError where memory or the disk is too small for
+    one, with the numbers."""
     from qkrestore_nb.scale import built, room_gb
     parameters = sum(p.numel() for p in built(config).parameters())
-    def size(cards, n=1): return training_needs(config, n * T, cards, bool(rank), four_bit, parameters=parameters)["total_gb"]
+
+    def size(cards, n=1):
+        return training_needs(config, n * T, cards, bool(rank), four_bit, parameters=parameters)["total_gb"]
+
     need, free = size(world) if cuda else world * size(1), room_gb("cuda" if cuda else "cpu")
     if need > free:
-        more = f"{2 * world} cards would need {size(2 * world):.0f} GB each, {4 * world} {size(4 * world):.0f}; " if cuda and not rank else ""
-        raise CheckpointError(f"this takes about {need:.1f} GB of memory{' on each card' * cuda}, and {free:.1f} GB are free: {more}fewer tokens a row{'' if rank else ', or an adapter (rank 16, say),'} take less")
-    disk, left = (.5 if rank else 12 * states + 2) * parameters / 1e9 + 4 * parameters / 1e9, shutil.disk_usage(out.resolve().parent).free / 1e9  # states of weights and moments, and out
-    if disk > left: raise CheckpointError(f"states and result take up to {disk:.1f} GB of disk, and {out.resolve().parent} has {left:.1f} GB left: make room, or choose another place")
+        more = (
+            f"{2 * world} cards would need {size(2 * world):.0f} GB each, {4 * world} {size(4 * world):.0f}; "
+            if cuda and not rank
+            else ""
+        )
+        raise CheckpointError(
+            f"this takes about {need:.1f} GB of memory{' on each card' * cuda}, and {free:.1f} GB are free: "
+            f"{more}fewer tokens a row{'' if rank else ', or an adapter (rank 16, say),'} take less"
+        )
+    # states of weights and moments, and out
+    disk, left = (
+        (0.5 if rank else 12 * states + 2) * parameters / 1e9 + 4 * parameters / 1e9,
+        shutil.disk_usage(out.resolve().parent).free / 1e9,
+    )
+    if disk > left:
+        raise CheckpointError(
+            f"states and result take up to {disk:.1f} GB of disk, and {out.resolve().parent} has {left:.1f} GB left: "
+            "make room, or choose another place"
+        )
     # with few tokens a GPU waits for Python; a CPU never does
-    return max([n for n in range(2, share + 1) if share % n == 0 and n * T <= 16384 and size(world, n) <= .8 * free] if cuda else [], default=1)
+    return max(
+        [n for n in range(2, share + 1) if share % n == 0 and n * T <= 16384 and size(world, n) <= 0.8 * free]
+        if cuda
+        else [],
+        default=1,
+    )
 
 
 def _latest(run: Path) -> Path | None:
     "The newest complete state of a run."
-    return max((p for p in run.glob("state-*") if (p / "done.json").exists()), key=lambda p: int(p.name[6:]), default=None)
+    return max(
+        (p for p in run.glob("state-*") if (p / "done.json").exists()), key=lambda p: int(p.name[6:]), default=None
+    )
 
 # %% ../nbs/13a_finetune.ipynb #0b13a001
 def _looked_through(data, tokenizer, T: int, first: int = 1000) -> dict:
-    "How many of the first conversations are longer than a row, with a warning; CheckpointError where no token of the whole file would have weight."
+    """How many of the first conversations are longer than a row, with a warning; CheckpointError where no token of the
+    whole file would have weight."""
     seen = cut = lost = weight = 0
     for messages in read_chats(data):
         ids, labels = encode_chat(tokenizer, messages)
         seen, cut, lost = seen + 1, cut + (len(ids) > T), lost + max(0, len(ids) - T)
         weight += sum(y >= 0 for y in labels[1:T])
         if seen >= first and weight: break
-    if not weight: raise CheckpointError(f"{data} has no word of an assistant within the first {T} tokens of any conversation: there is nothing to learn from it")
-    if cut: warnings.warn(f"{cut} of the first {seen} conversations are longer than {T} tokens: what stands behind is cut off, {lost} tokens", stacklevel=3)
+    if not weight:
+        raise CheckpointError(
+            f"{data} has no word of an assistant within the first {T} tokens of any conversation: there is nothing to "
+            "learn from it"
+        )
+    if cut:
+        warnings.warn(
+            f"{cut} of the first {seen} conversations are longer than {T} tokens: what stands behind is cut off, "
+            f"{lost} tokens",
+            stacklevel=3,
+        )
     return dict(conversations=seen, longer=cut, tokens_cut=lost)
 
 
 def ended_elsewhere(e: BaseException) -> bool:
     "Whether this is how torch.distributed says that another process of the run has ended."
-    return isinstance(e, RuntimeError) and any(w in str(e) for w in ("closed by peer", "reset by peer", "imed out", "remote process"))
+    return isinstance(e, RuntimeError) and any(
+        w in str(e) for w in ("closed by peer", "reset by peer", "imed out", "remote process")
+    )
 
 
 @contextmanager
@@ -341,8 +477,13 @@ def _onward(run: Path):
     try: yield
     except CheckpointError: raise
     except BaseException as e:
-        how = f"the same command goes on from {s.name.replace('-', ' ')}" if (s := _latest(run)) else "no state was saved yet"
-        if ended_elsewhere(e): raise CheckpointError(f"another process of this run has ended, its own message says why: {how}") from e
+        how = (
+            f"the same command goes on from {s.name.replace('-', ' ')}"
+            if (s := _latest(run))
+            else "no state was saved yet"
+        )
+        if ended_elsewhere(e):
+            raise CheckpointError(f"another process of this run has ended, its own message says why: {how}") from e
         e.add_note(how)
         raise
 
@@ -365,47 +506,77 @@ def _mixed(rows, recall, share: float, seed: int) -> Iterator[dict]:
 
 
 def _tracker(accelerator, report_to, run: Path, recipe: dict):
-    "log(values, step) of the tracker that was asked for. Raises CheckpointError for one that is not known or not installed."
+    """log(values, step) of the tracker that was asked for. Raises CheckpointError for one that is not known or not
+    installed."""
     if not report_to: return lambda values, step: None
     from accelerate.tracking import GeneralTracker, LoggerType, filter_trackers, get_available_trackers
     if not isinstance(report_to, GeneralTracker):
-        if report_to not in LoggerType.list(): raise CheckpointError(f"no tracker is called {report_to!r}: choose from {', '.join(LoggerType.list())}")
-        if report_to not in get_available_trackers(): raise CheckpointError(f"{report_to} is not installed: pip install {report_to}, or choose another tracker")
-    accelerator.log_with = filter_trackers(report_to, run.parent / f"{run.stem}-{report_to}" if isinstance(report_to, str) else None)
-    accelerator.init_trackers("qkrestore-finetune", {k: v for k, v in recipe.items() if isinstance(v, str | int | float)})
+        if report_to not in LoggerType.list():
+            raise CheckpointError(f"no tracker is called {report_to!r}: choose from {', '.join(LoggerType.list())}")
+        if report_to not in get_available_trackers():
+            raise CheckpointError(f"{report_to} is not installed: pip install {report_to}, or choose another tracker")
+    accelerator.log_with = filter_trackers(
+        report_to, run.parent / f"{run.stem}-{report_to}" if isinstance(report_to, str) else None
+    )
+    accelerator.init_trackers(
+        "qkrestore-finetune", {k: v for k, v in recipe.items() if isinstance(v, str | int | float)}
+    )
     return lambda values, step: accelerator.log(values, step=step)
 
 
 def qk_modules(
     model,  # of transformers
 ) -> list[str]:
-    "The names of the linear maps that make Q and K in the softmax layers. Raises CheckpointError where they have no maps of their own."
+    """The names of the linear maps that make Q and K in the softmax layers. Raises CheckpointError where they have no
+    maps of their own."""
     from torch import nn
+
     from qkrestore_nb.drift import group_of, softmax_layers
     softmax = softmax_layers(model)
-    found = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and group_of(f"{n}.weight", softmax) in ("softmax Q", "softmax K")]
-    if not found: raise CheckpointError("this model has no W_Q and W_K of its own in softmax layers: train it whole, and restore rows afterwards (qkrestore restore --rows)")
+    found = [
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear) and group_of(f"{n}.weight", softmax) in ("softmax Q", "softmax K")
+    ]
+    if not found:
+        raise CheckpointError(
+            "this model has no W_Q and W_K of its own in softmax layers: train it whole, and restore rows afterwards "
+            "(qkrestore restore --rows)"
+        )
     return found
 
 
 def _check_four_bit(rank: int, world: int) -> None:
     "Raises CheckpointError where weights of 4 bits cannot be trained under."
     from importlib.util import find_spec
-    if not rank: raise CheckpointError("weights of 4 bits cannot be trained themselves: give the rank of an adapter, 16, say")
-    if world > 1: raise CheckpointError(f"weights of 4 bits are not sharded, and these are {world} processes: start one")
-    if not find_spec("bitsandbytes"): raise CheckpointError("weights of 4 bits need bitsandbytes: pip install bitsandbytes, or train an adapter without them")
+
+    if not rank:
+        raise CheckpointError("weights of 4 bits cannot be trained themselves: give the rank of an adapter, 16, say")
+    if world > 1:
+        raise CheckpointError(f"weights of 4 bits are not sharded, and these are {world} processes: start one")
+    if not find_spec("bitsandbytes"):
+        raise CheckpointError(
+            "weights of 4 bits need bitsandbytes: pip install bitsandbytes, or train an adapter without them"
+        )
 
 
 def _four_bits(numbers):
     "QLoRA's settings: NF4 with its scales quantized, too, and products in the numbers of the run."
     from transformers import BitsAndBytesConfig
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=numbers)
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=numbers
+    )
 
 
 def _warn_of_leaks(model) -> None:
     from qkrestore_nb.hypenet import HypeNetConfig
     if isinstance(model.config, HypeNetConfig) or not leaks(model): return  # HypeNet does not, which chapter 3 shows
-    warnings.warn("in this family a conversation sees the one before it in its row: compare with rows of one conversation each before you trust what packing does", stacklevel=3)
+    warnings.warn(
+        "in this family a conversation sees the one before it in its row: compare with rows of one conversation each "
+        "before you trust what packing does",
+        stacklevel=3,
+    )
 
 
 def finetune(
@@ -417,23 +588,28 @@ def finetune(
     rows: int = 16,          # a step, over all cards
     lr: float = 1e-5,        # highest, after 3% of the steps; then a cosine to 10%
     rank: int = 0,           # of a LoRA adapter on all linear layers; 0: all weights are trained
-    qk_lr: float = 1.,       # times lr, for W_Q and W_K of the softmax layers; 0 leaves them as they are, or without an adapter
-    pull: float = 0.,        # times the rate: what a step takes back of the way from the weights at the start (decoupled L2-SP); 4 bytes more a weight
+    qk_lr: float = 1.,  # times lr, for W_Q and W_K of the softmax layers; 0 leaves them as they are, or without an
+                        # adapter
+    pull: float = 0.,  # times the rate: what a step takes back of the way from the weights at the start (decoupled
+                       # L2-SP); 4 bytes more a weight
     recall: float = 0.,      # share of the rows that ask for a needle in prose instead (`recall_chats`)
     every: int = 100,        # steps between saved states
     seed: int = 0,
-    dtype: str | None = None,  # of matrix products; None: bfloat16 on a GPU, float16 on one without it, float32 on a CPU
+    dtype: str | None = None,  # of matrix products; None: bfloat16 on a GPU, float16 on one without it, float32 on a
+                               # CPU
     look=None,               # look(step, loss), called after each step on the first card
     trust_remote_code: bool = False,  # as in `scale.needs`; the code goes along into out
     report_to=None,          # a tracker that accelerate knows: tensorboard, wandb, trackio, or one of your own
     four_bit: bool = False,  # the weights under the adapter in 4 bits (QLoRA, needs bitsandbytes)
 ) -> Path:
-    """Fine-tune on conversations, on one card or under `accelerate launch` on many (weights sharded by FSDP2); returns out. What is interrupted
-    goes on with the same call. Raises CheckpointError for bad data (with its line), settings that do not fit, or a folder that is taken."""
+    """Fine-tune on conversations, on one card or under `accelerate launch` on many (weights sharded by FSDP2); returns
+    out. What is interrupted goes on with the same call. Raises CheckpointError for bad data (with its line), settings
+    that do not fit, or a folder that is taken."""
     import torch
     try: from accelerate.utils import set_seed
     except ImportError as e: raise CheckpointError('accelerate is missing: pip install "qkrestore_nb[train]"') from e
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     from qkrestore_nb.scale import config_of, opened
     found = config_of(checkpoint, trust_remote_code)
     kept = found.dtype or torch.float32  # out has the format that pre has, so that one can be restored from the other
@@ -444,16 +620,34 @@ def finetune(
     for name, value, least in (("steps", steps, 1), ("rows", rows, 1), ("every", every, 1), ("T", T, 2)):
         if value < least: raise CheckpointError(f"{name} is {value}: it must be at least {least}")
     for name, factor, most in (("qk_lr", qk_lr, math.inf), ("pull", pull, math.inf), ("recall", recall, .99)):
-        if not 0 <= factor <= most: raise CheckpointError(f"{name} is {factor}: choose {'0 or more' if most == math.inf else f'a share from 0 to {most}'}")
-    if rows % world: raise CheckpointError(f"{rows} rows a step cannot be dealt to {world} processes: choose a multiple of {world}")
+        if not 0 <= factor <= most:
+            raise CheckpointError(
+                f"{name} is {factor}: choose {'0 or more' if most == math.inf else f'a share from 0 to {most}'}"
+            )
+    if rows % world:
+        raise CheckpointError(f"{rows} rows a step cannot be dealt to {world} processes: choose a multiple of {world}")
     if four_bit: _check_four_bit(rank, world)
     digest = _digest(data)  # a broken line is better found now than tonight
     if Path(checkpoint).is_dir(): weight_files(checkpoint)  # pickled weights are told, not opened
-    recipe = dict(checkpoint=str(checkpoint), data=str(data), data_sha256=digest, steps=steps, T=T, rows=rows, lr=lr, rank=rank, four_bit=four_bit,
-                  qk_lr=qk_lr, pull=pull, recall=recall, seed=seed)
+    recipe = dict(
+        checkpoint=str(checkpoint),
+        data=str(data),
+        data_sha256=digest,
+        steps=steps,
+        T=T,
+        rows=rows,
+        lr=lr,
+        rank=rank,
+        four_bit=four_bit,
+        qk_lr=qk_lr,
+        pull=pull,
+        recall=recall,
+        seed=seed,
+    )
     run = _run_folder(out, recipe)
     at_once = _rows_at_once(found, T, rows // world, world, rank, out, cuda, four_bit, min(2, (steps - 1) // every))
-    at_once = int(accelerator.gather(torch.tensor([at_once], device=accelerator.device)).min())  # the same on every card, and all have looked before one writes
+    # the same on every card, and all have looked before one writes
+    at_once = int(accelerator.gather(torch.tensor([at_once], device=accelerator.device)).min())
     tokenizer = opened(AutoTokenizer, checkpoint, trust_remote_code)
     cut = _looked_through(data, tokenizer, T)
     if recall: next(recall_chats(tokenizer, T - 32, seed))  # do haystacks fit?
@@ -466,7 +660,15 @@ def finetune(
         config = model.config
         model, opt = _prepared(accelerator, model, T, lr, rank, qk_lr)
         _warn_of_leaks(accelerator.unwrap_model(model))
-        def stream(): return _mixed(lambda: packed_rows(read_chats(data), tokenizer, T), lambda: packed_rows(recall_chats(tokenizer, T - 32, seed), tokenizer, T), recall, seed)
+
+        def stream():
+            return _mixed(
+                lambda: packed_rows(read_chats(data), tokenizer, T),
+                lambda: packed_rows(recall_chats(tokenizer, T - 32, seed), tokenizer, T),
+                recall,
+                seed,
+            )
+
         def told(step, loss, rate):
             if look and accelerator.is_main_process: look(step, loss)
             report(dict(loss=loss, learning_rate=rate), step)
@@ -487,13 +689,19 @@ def _buffers(inner) -> dict:
 
 
 def _state(accelerator, model, opt) -> dict:
-    "Name -> what this process must keep to go on: trained weights and buffers, moments, and the random numbers' place. The tensors are those at work."
+    """Name -> what this process must keep to go on: trained weights and buffers, moments, and the random numbers'
+    place. The tensors are those at work."""
     from torch import is_tensor
     inner, optimizer = accelerator.unwrap_model(model), getattr(opt, "optimizer", opt)
     trained = {n: p for n, p in inner.named_parameters() if p.requires_grad}
     found = {f"weight/{n}": _local(p.data) for n, p in trained.items()}
     found |= {f"buffer/{n}": b for n, b in _buffers(inner).items()}
-    found |= {f"moment/{k}/{n}": _local(v) for n, p in trained.items() for k, v in optimizer.state.get(p, {}).items() if is_tensor(v)}
+    found |= {
+        f"moment/{k}/{n}": _local(v)
+        for n, p in trained.items()
+        for k, v in optimizer.state.get(p, {}).items()
+        if is_tensor(v)
+    }
     return found
 
 
@@ -508,8 +716,14 @@ def _keep(accelerator, model, opt, run: Path, step: int, log: list):
     from safetensors.torch import save_file
     folder, me = run / f"state-{step}", accelerator.process_index
     folder.mkdir(exist_ok=True)
-    if _part(accelerator, model) == me: save_file({k: t.detach().contiguous() for k, t in _state(accelerator, model, opt).items()}, folder / f"part-{me}.safetensors")
-    random = dict(cpu=torch.get_rng_state()) | (dict(cuda=torch.cuda.get_rng_state()) if torch.cuda.is_available() else {})
+    if _part(accelerator, model) == me:
+        save_file(
+            {k: t.detach().contiguous() for k, t in _state(accelerator, model, opt).items()},
+            folder / f"part-{me}.safetensors",
+        )
+    random = dict(cpu=torch.get_rng_state()) | (
+        dict(cuda=torch.cuda.get_rng_state()) if torch.cuda.is_available() else {}
+    )
     save_file(random, folder / f"random-{me}.safetensors")
     for file in folder.glob(f"*-{me}.safetensors"): to_disk(file)
     accelerator.wait_for_everyone()
@@ -523,18 +737,29 @@ def _keep(accelerator, model, opt, run: Path, step: int, log: list):
 
 # %% ../nbs/13a_finetune.ipynb #0b13a004
 def _resume(accelerator, model, opt, folder: Path) -> tuple[int, list]:
-    "Fill model and optimiser from a state; returns its step and log. Raises CheckpointError for a state that is not one of this run."
+    """Fill model and optimiser from a state; returns its step and log. Raises CheckpointError for a state that is not
+    one of this run."""
     import torch
     from safetensors.torch import load_file
     me, part = accelerator.process_index, _part(accelerator, model)
     anew = f"remove {folder.parent} and begin anew"
     done = read_json(folder / "done.json")
-    if not isinstance(done.get("step"), int) or not isinstance(done.get("log"), list) or not (folder / f"part-{part}.safetensors").is_file():
+    if (
+        not isinstance(done.get("step"), int)
+        or not isinstance(done.get("log"), list)
+        or not (folder / f"part-{part}.safetensors").is_file()
+    ):
         raise CheckpointError(f"{folder} is not a state that this version can go on from: {anew}")
     if done.get("processes") != accelerator.num_processes:
-        raise CheckpointError(f"{folder} was saved by {done.get('processes')} processes, and these are {accelerator.num_processes}: start as many, or {anew}")
-    try: kept, random = (load_file(folder / f) for f in (f"part-{part}.safetensors", f"random-{me}.safetensors"))
-    except Exception as e: raise CheckpointError(f"{folder} is damaged ({' '.join(str(e).split())[:80]}): {anew}") from e  # safetensors has an error of its own
+        raise CheckpointError(
+            f"{folder} was saved by {done.get('processes')} processes, and these are {accelerator.num_processes}: "
+            f"start as many, or {anew}"
+        )
+    try:
+        kept, random = (load_file(folder / f) for f in (f"part-{part}.safetensors", f"random-{me}.safetensors"))
+    # safetensors has an error of its own
+    except Exception as e:
+        raise CheckpointError(f"{folder} is damaged ({' '.join(str(e).split())[:80]}): {anew}") from e
     _fill(accelerator, model, opt, kept, CheckpointError(f"{folder} holds other tensors than this model has: {anew}"))
     torch.set_rng_state(random["cpu"])
     if torch.cuda.is_available() and "cuda" in random: torch.cuda.set_rng_state(random["cuda"])
@@ -556,7 +781,9 @@ def _fill(accelerator, model, opt, kept: dict, wrong: CheckpointError) -> None:
         else: moments[name][what] = value.to(p.device if optimizer.defaults["fused"] else "cpu")
         if value.shape != _local(moments[name][what]).shape: raise wrong
         if value.ndim: _local(moments[name][what]).copy_(value)
-    here = {f"weight/{n}": _local(p.data) for n, p in trained.items()} | {f"buffer/{n}": b for n, b in _buffers(inner).items()}
+    here = {f"weight/{n}": _local(p.data) for n, p in trained.items()} | {
+        f"buffer/{n}": b for n, b in _buffers(inner).items()
+    }
     if here.keys() != kept.keys() or any(here[k].shape != t.shape for k, t in kept.items()): raise wrong
     with torch.no_grad():
         for k, t in kept.items(): here[k].copy_(t)
@@ -573,13 +800,21 @@ def _finish(accelerator, model, config, dtype, tokenizer, run, out, rank, recipe
         part = run / "out"
         shutil.rmtree(part, ignore_errors=True)
         inner = accelerator.unwrap_model(model)
-        inner.__class__ = next(c for c in type(inner).__mro__ if not c.__name__.startswith("FSDP"))  # a model's own code is saved by its class, and FSDP's stands in no file of it
-        once = {n for named in (inner.named_parameters, inner.named_buffers) for n, _ in named()}  # a tied head has the embedding's name alone
+        # a model's own code is saved by its class, and FSDP's stands in no file of it
+        inner.__class__ = next(c for c in type(inner).__mro__ if not c.__name__.startswith("FSDP"))
+        # a tied head has the embedding's name alone
+        once = {n for named in (inner.named_parameters, inner.named_buffers) for n, _ in named()}
         weights = {k: v for k, v in weights.items() if k in once}
         config.dtype = dtype
-        inner.save_pretrained(part, state_dict={k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()})
+        inner.save_pretrained(
+            part, state_dict={k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
+        )
         tokenizer.save_pretrained(part)
-        (part / "finetune.json").write_text(json.dumps(dict(**provenance(**recipe), processes=accelerator.num_processes, peak_gpu_gb=peak, log=log), indent=1))
+        (part / "finetune.json").write_text(
+            json.dumps(
+                dict(**provenance(**recipe), processes=accelerator.num_processes, peak_gpu_gb=peak, log=log), indent=1
+            )
+        )
         for path in (*part.rglob("*"), part): to_disk(path)
         arrive(part, out, "move it away, and the same command goes on")
         shutil.rmtree(run)
@@ -588,21 +823,34 @@ def _finish(accelerator, model, config, dtype, tokenizer, run, out, rank, recipe
 
 # %% ../nbs/13a_finetune.ipynb #5745f062
 def _prepared(accelerator, model, T: int, lr: float, rank: int, qk_lr: float = 1.):
-    "Model and AdamW as accelerate hands them out: adapter, checkpointed activations, compiled layers where a GPU is there."
+    """Model and AdamW as accelerate hands them out: adapter, checkpointed activations, compiled layers where a GPU is
+    there."""
     import torch
+
     from qkrestore_nb.hypenet import HypeNetForCausalLM, compile_layers
     from qkrestore_nb.linear_attention import pick_backend
     cuda = torch.cuda.is_available()
     apart = qk_modules(model) if qk_lr != 1 else []
     if rank:
         from peft import LoraConfig, get_peft_model
-        model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM",
-                                                  exclude_modules=None if qk_lr else apart))
+
+        model = get_peft_model(
+            model,
+            LoraConfig(
+                r=rank,
+                lora_alpha=2 * rank,
+                target_modules="all-linear",
+                task_type="CAUSAL_LM",
+                exclude_modules=None if qk_lr else apart,
+            ),
+        )
     model.train()
     plain = model.base_model.model if rank else model
-    getattr(plain, "activation_checkpointing_enable", plain.gradient_checkpointing_enable)(dict(use_reentrant=False))  # its name from transformers 5.24 on
+    # its name from transformers 5.24 on
+    getattr(plain, "activation_checkpointing_enable", plain.gradient_checkpointing_enable)(dict(use_reentrant=False))
     if isinstance(plain, HypeNetForCausalLM): loss_in_pieces(plain)
-    if cuda and isinstance(plain, HypeNetForCausalLM) and not getattr(plain, "is_loaded_in_4bit", False): compile_layers(plain, whole=pick_backend(T, accelerator.device)[0] == "triton")
+    if cuda and isinstance(plain, HypeNetForCausalLM) and not getattr(plain, "is_loaded_in_4bit", False):
+        compile_layers(plain, whole=pick_backend(T, accelerator.device)[0] == "triton")
     groups = _groups(model, apart, lr, qk_lr)
     opt = torch.optim.AdamW(groups, lr=lr, betas=(.9, .95), weight_decay=0., fused=cuda)
     return accelerator.prepare(model, opt)
@@ -615,11 +863,27 @@ def _groups(model, apart: list[str], lr: float, qk_lr: float) -> list[dict]:
     for name, p in model.named_parameters():
         if qk_lr == 0 and inside(name): p.requires_grad_(False)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = [dict(params=[p for n, p in named if not inside(n)], lr=lr), dict(params=[p for n, p in named if inside(n)], lr=lr * qk_lr)]
+    groups = [
+        dict(params=[p for n, p in named if not inside(n)], lr=lr),
+        dict(params=[p for n, p in named if inside(n)], lr=lr * qk_lr),
+    ]
     return [g for g in groups if g["params"]]
 
 
-def _steps(accelerator, model, opt, stream, run: Path, steps: int, rows: int, T: int, at_once: int, every: int, look, pull: float = 0.) -> list[dict]:
+def _steps(
+    accelerator,
+    model,
+    opt,
+    stream,
+    run: Path,
+    steps: int,
+    rows: int,
+    T: int,
+    at_once: int,
+    every: int,
+    look,
+    pull: float = 0.0,
+) -> list[dict]:
     "The loop, from the newest state on; returns the log, an entry each step."
     import torch
     from transformers import get_cosine_with_min_lr_schedule_with_warmup
@@ -628,27 +892,39 @@ def _steps(accelerator, model, opt, stream, run: Path, steps: int, rows: int, T:
     origin = [p.detach().clone() for p in trained] if pull else []  # before the newest state: the weights at the start
     start, log = _resume(accelerator, model, opt, state) if (state := _latest(run)) else (0, [])
     # the rate is a function of the step: nothing of it needs to be saved
-    schedule = get_cosine_with_min_lr_schedule_with_warmup(opt, max(1, steps * 3 // 100), steps, last_epoch=start - 1, min_lr_rate=.1)
+    schedule = get_cosine_with_min_lr_schedule_with_warmup(
+        opt, max(1, steps * 3 // 100), steps, last_epoch=start - 1, min_lr_rate=0.1
+    )
     mine = islice(stream(), start * rows + me, None, world)  # the rows of the steps that are done are passed over
     reader = ThreadPoolExecutor(1)
     coming = reader.submit(lambda: list(islice(mine, rows // world)))
     for step in range(start + 1, steps + 1):
         then, share = time.perf_counter(), coming.result()
-        if step < steps: coming = reader.submit(lambda: list(islice(mine, rows // world)))  # text becomes tokens while the card is busy
-        tokens = accelerator.reduce(torch.tensor(float(sum(sum(y >= 0 for y in r["labels"][1:]) for r in share)), device=accelerator.device))
+        # text becomes tokens while the card is busy
+        if step < steps: coming = reader.submit(lambda: list(islice(mine, rows // world)))
+        tokens = accelerator.reduce(
+            torch.tensor(float(sum(sum(y >= 0 for y in r["labels"][1:]) for r in share)), device=accelerator.device)
+        )
         total = 0.
-        for i in range(0, len(share), at_once):  # gradients are summed over the cards after each of these: kept whole until the last, they would fill every card
-            with accelerator.autocast(): loss = summed_loss(model, share[i:i + at_once])[0] * world / tokens.clamp(min=1)  # gradients are averaged over cards
+        # gradients are summed over the cards after each of these: kept whole until the last, they would fill every card
+        for i in range(0, len(share), at_once):
+            # gradients are averaged over cards
+            with accelerator.autocast():
+                loss = summed_loss(model, share[i : i + at_once])[0] * world / tokens.clamp(min=1)
             accelerator.backward(loss)
             total += loss.detach() / world
         accelerator.clip_grad_norm_(model.parameters(), 1.)
         rate = schedule.get_last_lr()[0]
         opt.step(), schedule.step(), opt.zero_grad()
         with torch.no_grad():
-            for p, p0 in zip(trained, origin): p.mul_(1 - pull * rate).add_(p0, alpha=pull * rate)  # what a sharded weight can do, too
+            # what a sharded weight can do, too
+            for p, p0 in zip(trained, origin): p.mul_(1 - pull * rate).add_(p0, alpha=pull * rate)
         loss = float(accelerator.reduce(total))
         if not math.isfinite(loss):
-            raise CheckpointError(f"the loss is {loss} at step {step}: the last saved state is kept; go on from it with a smaller lr in another folder")
+            raise CheckpointError(
+                f"the loss is {loss} at step {step}: the last saved state is kept; go on from it with a smaller lr in "
+                "another folder"
+            )
         then = time.perf_counter() - then
         log.append(dict(step=step, loss=loss, seconds=round(then, 4), tokens_per_s=round(rows * T / then)))
         look(step, loss, rate)

@@ -17,9 +17,16 @@ if TYPE_CHECKING:
 
 # %% ../nbs/07d_forecast.ipynb #fccand00
 candidates = dict(  # name -> what it is
-    loss="loss of the data", far_qk="far pairs in the gradient of Q,K", far_vo="far pairs in the gradient of V,O",
-    distance="mean distance of the gradient on logits", first_linear="first linear layer over softmax layers",
-    step_all="first step, all weights", step_qk="first step, Q,K", step_vo="first step, V,O", trial="thirty steps of the fine-tuning")
+    loss="loss of the data",
+    far_qk="far pairs in the gradient of Q,K",
+    far_vo="far pairs in the gradient of V,O",
+    distance="mean distance of the gradient on logits",
+    first_linear="first linear layer over softmax layers",
+    step_all="first step, all weights",
+    step_qk="first step, Q,K",
+    step_vo="first step, V,O",
+    trial="thirty steps of the fine-tuning",
+)
 
 # %% ../nbs/07d_forecast.ipynb #fcgrad01
 def gradients(
@@ -28,6 +35,7 @@ def gradients(
 ) -> dict[str, "torch.Tensor"]:
     "Name of a weight -> gradient of the batch's loss."
     import torch
+
     from qkrestore_nb.training import weighted_loss
     loss = weighted_loss(model, batch["input_ids"], batch["weights"], borders="position_ids" in batch)
     named = dict(model.named_parameters())
@@ -43,7 +51,11 @@ def first_step(
     "Change of the loss on needles a unit of learning rate, when every weight steps against the sign of its gradient."
     from qkrestore_nb.drift import group_of
     wanted = None if groups is None else set(groups)
-    return sum(float((recall[n] * -g.sign()).sum()) for n, g in ours.items() if wanted is None or group_of(n, set(softmax)) in wanted)
+    return sum(
+        float((recall[n] * -g.sign()).sum())
+        for n, g in ours.items()
+        if wanted is None or group_of(n, set(softmax)) in wanted
+    )
 
 # %% ../nbs/07d_forecast.ipynb #fcfeat00
 def features(
@@ -65,9 +77,16 @@ def features(
     parts, reach = projection_gradients(model, batch), gradient_range(model, batch)
     share = parts.share(far)
     first = next((i for i in range(model.config.num_hidden_layers) if i not in softmax), None)
-    return dict(loss=parts.loss, far_qk=float(share[:, :2].mean()), far_vo=float(share[:, 2:].mean()), distance=reach.summary(samples=2)["mean"][0],
-                first_linear=float("nan") if first is None else size({first}) / size(softmax), step_all=first_step(ours, recall),
-                step_qk=first_step(ours, recall, ("softmax Q", "softmax K"), softmax), step_vo=first_step(ours, recall, ("softmax V", "softmax O"), softmax))
+    return dict(
+        loss=parts.loss,
+        far_qk=float(share[:, :2].mean()),
+        far_vo=float(share[:, 2:].mean()),
+        distance=reach.summary(samples=2)["mean"][0],
+        first_linear=float("nan") if first is None else size({first}) / size(softmax),
+        step_all=first_step(ours, recall),
+        step_qk=first_step(ours, recall, ("softmax Q", "softmax K"), softmax),
+        step_vo=first_step(ours, recall, ("softmax V", "softmax O"), softmax),
+    )
 
 # %% ../nbs/07d_forecast.ipynb #fcrank01
 @dataclass(frozen=True)
@@ -77,20 +96,23 @@ class RankCorrelation:
     low: float
     high: float
 
-    def __str__(self) -> str: return f"{self.value:+.2f} ({self.low:+.2f} to {self.high:+.2f}){'*' if self.low > 0 or self.high < 0 else ' '}"
+    def __str__(self) -> str:
+        return f"{self.value:+.2f} ({self.low:+.2f} to {self.high:+.2f}){'*' if self.low > 0 or self.high < 0 else ' '}"
 
 
 def rank_correlation(
     x: Iterable[float],
     y: Iterable[float],  # as many
-    families: Iterable[str] | None = None,  # of each pair: what belongs together is drawn together; None: every pair alone
+    families: Iterable[str] | None = None,  # of each pair: what belongs together is drawn together; None: every pair
+                                            # alone
     samples: int = 1000,
     seed: int = 0,
 ) -> RankCorrelation:
     "Over pairs. Raises ValueError for fewer than five of them."
     from scipy.stats import rankdata
     one, two = np.asarray(list(x), float), np.asarray(list(y), float)
-    if len(one) < 5 or len(one) != len(two): raise ValueError(f"{len(one)} and {len(two)} values: a rank correlation needs five pairs at least")
+    if len(one) < 5 or len(one) != len(two):
+        raise ValueError(f"{len(one)} and {len(two)} values: a rank correlation needs five pairs at least")
     names = [str(i) for i in range(len(one))] if families is None else list(families)
     members = [np.flatnonzero(np.asarray(names) == name) for name in dict.fromkeys(names)]
 
@@ -117,10 +139,17 @@ def measured(
 
     def lost(m: dict, kind: str) -> float:
         right = lambda cells: np.mean([c["exact"] / c["n"] for by_length in cells.values() for c in by_length.values()])
-        return 100 * float(right(m["trials"]["pre"]) - right(m["trials"][kind])) if kind in m["trials"] else float("nan")
+        return (
+            100 * float(right(m["trials"]["pre"]) - right(m["trials"][kind])) if kind in m["trials"] else float("nan")
+        )
 
     kinds = [k for k in models[0]["features"] if all(k in m["features"] for m in models)]
-    return {k: {c: float(np.mean([lost(m, k) if c == "trial" else m["features"][k][c] for m in models])) for c in candidates} for k in kinds}
+    return {
+        k: {
+            c: float(np.mean([lost(m, k) if c == "trial" else m["features"][k][c] for m in models])) for c in candidates
+        }
+        for k in kinds
+    }
 
 
 def outcomes(
@@ -128,9 +157,13 @@ def outcomes(
     length: int = 16384,  # tokens
     count: str = "exact",
 ) -> dict[str, dict[str, float]]:
-    "Kind -> damage and contrast (Q,K minus V,O) in points, mean over its seeds; a kind of five seeds before the ten of the first folder."
+    """Kind -> damage and contrast (Q,K minus V,O) in points, mean over its seeds; a kind of five seeds before the ten
+    of the first folder."""
     from qkrestore_nb.switches import effects
     kinds = lambda f: {p.name.split("-")[1] for p in Path(f).glob("hypenet7m-*-seed*.json")}
-    where = {**dict.fromkeys(kinds(folder), folder), **dict.fromkeys(kinds(Path(folder) / "switches"), Path(folder) / "switches")}
+    where = {
+        **dict.fromkeys(kinds(folder), folder),
+        **dict.fromkeys(kinds(Path(folder) / "switches"), Path(folder) / "switches"),
+    }
     found = {kind: effects(f, kind, length, count, reference=None) for kind, f in where.items()}
     return {kind: {name: e.found[name].mean for name in ("damage", "contrast")} for kind, e in found.items()}

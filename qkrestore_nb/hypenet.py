@@ -14,8 +14,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask, find_packed_sequence_indices
@@ -23,14 +31,16 @@ from transformers.modeling_layers import GenericForSequenceClassification, Gradi
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
-from transformers.utils.import_utils import is_tracing
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .linear_attention import borders_of, decay_slopes, linear_attention
-from .softmax_attention import attention_logits, fused_attention, log_scale, rms_norm, rope_angles, rotate, without_cudnn
+from .softmax_attention import attention_logits, fused_attention, log_scale, rms_norm, rope_angles, rotate
+from .softmax_attention import without_cudnn
 
-CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"  # transformers 5.24 gave it a shorter name
+# transformers 5.24 gave it a shorter name
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 # %% ../nbs/03a_hypenet.ipynb #1fc8ebb3
 PRESETS = {  # hidden, FFN, layers, heads of softmax and of linear layers, which layers are softmax, a of the log scale
@@ -41,15 +51,22 @@ PRESETS = {  # hidden, FFN, layers, heads of softmax and of linear layers, which
 
 
 _AUTO = dict(AutoConfig="Config", AutoModel="Model", AutoModelForCausalLM="ForCausalLM",
-             AutoModelForSequenceClassification="ForSequenceClassification")  # transformers' doors, and our classes' names
+             # transformers' doors, and our classes' names
+             AutoModelForSequenceClassification="ForSequenceClassification")
 
 
 class HypeNetConfig(PreTrainedConfig):
-    "The fields of a HypeNet config.json (arXiv 2601.22156). Missing keys take the reference's defaults, not the published values."
+    """The fields of a HypeNet config.json (arXiv 2601.22156). Missing keys take the reference's defaults, not the
+    published values."""
     model_type = "hypenet"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
-    # transformers' plans name all layers alike, and a linear layer's output norm joins all its heads: the MLPs, most of the weights, are split
-    base_model_tp_plan = {"layers.*.mlp.gate_proj": "colwise", "layers.*.mlp.up_proj": "colwise", "layers.*.mlp.down_proj": "rowwise"}
+    # transformers' plans name all layers alike, and a linear layer's output norm joins all its heads: the MLPs, most of
+    # the weights, are split
+    base_model_tp_plan = {
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
 
     vocab_size: int = 151936
     hidden_size: int = 2048
@@ -70,8 +87,9 @@ class HypeNetConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     attn_use_rope: bool = True                     # published: False (NoPE)
     attn_use_output_gate: bool = False             # published: True
-    attn_use_qk_norm: bool = True                  # ours: False for hybrids made of models without such norms (chapter 12)
-    attn_logits_scaling: str | float | int | None = None  # "hype 500": q times ln(t + 500) / ln(500); a number: q times it
+    attn_use_qk_norm: bool = True  # ours: False for hybrids made of models without such norms (chapter 12)
+    attn_logits_scaling: str | float | int | None = None  # "hype 500": q times ln(t + 500) / ln(500); a number: q times
+                                                          # it
     lightning_nh: int | None = None                # heads of the lightning layers; None: as the softmax layers
     lightning_nkv: int | None = None
     lightning_head_dim: int | None = None
@@ -111,14 +129,24 @@ class HypeNetConfig(PreTrainedConfig):
         if unknown := set(self.mixer_types) - known:
             raise ValueError(f"unknown mixer type {sorted(unknown)} in config.json: mixer_types takes {sorted(known)}")
         if len(self.mixer_types) != self.num_hidden_layers:
-            raise ValueError(f"mixer_types names {len(self.mixer_types)} layers and num_hidden_layers says {self.num_hidden_layers}: make them agree")
+            raise ValueError(
+                f"mixer_types names {len(self.mixer_types)} layers and num_hidden_layers says "
+                f"{self.num_hidden_layers}: make them agree"
+            )
         if layer_types is not None and layer_types != self.layer_types:
-            raise ValueError("mixer_types and layer_types of config.json contradict each other: keep mixer_types, drop layer_types")
-        for heads, kv, which in ((self.num_attention_heads, self.num_key_value_heads, "num_attention_heads / num_key_value_heads"),
-                                 (self.lightning_nh, self.lightning_nkv, "lightning_nh / lightning_nkv")):
+            raise ValueError(
+                "mixer_types and layer_types of config.json contradict each other: keep mixer_types, drop layer_types"
+            )
+        for heads, kv, which in (
+            (self.num_attention_heads, self.num_key_value_heads, "num_attention_heads / num_key_value_heads"),
+            (self.lightning_nh, self.lightning_nkv, "lightning_nh / lightning_nkv"),
+        ):
             if heads % kv: raise ValueError(f"{which}: {heads} query heads cannot share {kv} key heads evenly")
         if (activation := self.lightning_conv_activation) is not None and activation not in ACT2FN:
-            raise ValueError(f"lightning_conv_activation {activation!r} is no activation of transformers: take silu, another of ACT2FN, or null for none")
+            raise ValueError(
+                f"lightning_conv_activation {activation!r} is no activation of transformers: take silu, another of "
+                "ACT2FN, or null for none"
+            )
         self.query_scale  # raises on a scaling that it cannot read
 
     @classmethod
@@ -127,10 +155,29 @@ class HypeNetConfig(PreTrainedConfig):
         if size not in PRESETS: raise ValueError(f"no preset {size!r}: choose one of {', '.join(PRESETS)}")
         d, ffn, layers, heads, lightning, softmax, a = PRESETS[size]
         kinds = ["attn" if i in softmax else "lightning-attn" for i in range(layers)]
-        return cls(**dict(hidden_size=d, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=8, head_dim=128,
-                          lightning_nh=lightning, lightning_nkv=lightning, lightning_head_dim=128, mixer_types=kinds, tie_word_embeddings=True,
-                          rope_theta=1e6, attn_use_rope=False, attn_use_output_gate=True, attn_logits_scaling=f"hype {a}", lightning_use_qk_norm=True,
-                          lightning_use_output_norm=True, lightning_use_output_gate=True) | changes)
+        return cls(
+            **dict(
+                hidden_size=d,
+                intermediate_size=ffn,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                num_key_value_heads=8,
+                head_dim=128,
+                lightning_nh=lightning,
+                lightning_nkv=lightning,
+                lightning_head_dim=128,
+                mixer_types=kinds,
+                tie_word_embeddings=True,
+                rope_theta=1e6,
+                attn_use_rope=False,
+                attn_use_output_gate=True,
+                attn_logits_scaling=f"hype {a}",
+                lightning_use_qk_norm=True,
+                lightning_use_output_norm=True,
+                lightning_use_output_gate=True,
+            )
+            | changes
+        )
 
     @property
     def layer_types(self) -> list[str]:
@@ -143,7 +190,8 @@ class HypeNetConfig(PreTrainedConfig):
         s = self.attn_logits_scaling
         if s is None or isinstance(s, (int, float)): return None if s is None else ("constant", float(s))
         word, *a = s.split()
-        if word != "hype" or len(a) > 1: raise ValueError(f"attn_logits_scaling {s!r} is not null, a number or 'hype <a>'")
+        if word != "hype" or len(a) > 1:
+            raise ValueError(f"attn_logits_scaling {s!r} is not null, a number or 'hype <a>'")
         return "hype", float(a[0]) if a else 362.0
 
 # %% ../nbs/03a_hypenet.ipynb #e03f5689
@@ -161,13 +209,19 @@ class HypeNetMLP(nn.Module):
     def __init__(self, config: HypeNetConfig):
         super().__init__()
         d, f = config.hidden_size, config.intermediate_size
-        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(d, f, False), nn.Linear(d, f, False), nn.Linear(f, d, False)
+        self.gate_proj, self.up_proj, self.down_proj = (
+            nn.Linear(d, f, False),
+            nn.Linear(d, f, False),
+            nn.Linear(f, d, False),
+        )
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, x): return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 # %% ../nbs/03a_hypenet.ipynb #d89f1d6f
-def eager_attention(module, q, k, v, attention_mask, scaling, dropout=0.0, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+def eager_attention(
+    module, q, k, v, attention_mask, scaling, dropout=0.0, **kwargs
+) -> tuple[torch.Tensor, torch.Tensor]:
     "transformers' attention signature, (B, H, T, D) in and (B, T, H, D) out, over our explicit logits."
     e = attention_logits(q.transpose(1, 2), k.transpose(1, 2), scaling).float()
     if attention_mask is not None: e = e + attention_mask
@@ -177,16 +231,22 @@ def eager_attention(module, q, k, v, attention_mask, scaling, dropout=0.0, **kwa
 
 
 def attend_documents(q, k, v, packed, scaling, dropout=0.0) -> torch.Tensor:
-    "Packed rows (B, H, T, D), document by document: (B, T, H, D). packed: borders and the longest document for the flash kernel, or `document_groups`."
+    """Packed rows (B, H, T, D), document by document: (B, T, H, D). packed: borders and the longest document for the
+    flash kernel, or `document_groups`."""
     B, _, T, _ = q.shape
-    q, k, v = (x.to(v.dtype).transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # under autocast a norm's gain has left q and k in float32
+    # under autocast a norm's gain has left q and k in float32
+    q, k, v = (x.to(v.dtype).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
     if isinstance(packed, tuple):
         borders, longest = packed
-        return torch.ops.aten._flash_attention_forward(q, k, v, borders, borders, longest, longest, dropout, True, False, scale=scaling)[0].unflatten(0, (B, T))
+        return torch.ops.aten._flash_attention_forward(
+            q, k, v, borders, borders, longest, longest, dropout, True, False, scale=scaling
+        )[0].unflatten(0, (B, T))
     parts, at = [], []
     with without_cudnn():  # nearly every row has new shapes
         for places, tokens in packed:  # padding stands behind a document, where causal attention does not look
-            parts.append(fused_attention(q[places], k[places], v[places], scale=scaling, dropout=dropout).flatten(0, 1)[tokens])
+            parts.append(
+                fused_attention(q[places], k[places], v[places], scale=scaling, dropout=dropout).flatten(0, 1)[tokens]
+            )
             at.append(places.flatten()[tokens])
     o = torch.cat(parts)
     return torch.empty_like(o).index_copy(0, torch.cat(at), o).unflatten(0, (B, T))
@@ -197,8 +257,13 @@ class HypeNetAttention(nn.Module):
     def __init__(self, config: HypeNetConfig, layer_idx: int):
         super().__init__()
         self.config, self.layer_idx, self.is_causal = config, layer_idx, True
-        d, H, n_kv, D, bias = (config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim,
-                               config.attention_bias)
+        d, H, n_kv, D, bias = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.attention_bias,
+        )
         self.D, self.num_key_value_groups = D, H // n_kv
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(d, h * D, bias) for h in (H, n_kv, n_kv))
         self.o_proj = nn.Linear(H * D, d, bias)
@@ -216,7 +281,8 @@ class HypeNetAttention(nn.Module):
         dropout = self.config.attention_dropout if self.training else 0.0
         if self.config._attn_implementation == "sdpa":
             if packed is not None: return attend_documents(q, k, v, packed, self.D ** -0.5, dropout), None
-            # plainly causal, the queries last: no mask to build, however long the cache; or decoding in a static one, whose keys transformers would repeat
+            # plainly causal, the queries last: no mask to build, however long the cache; or decoding in a static one,
+            # whose keys transformers would repeat
             if attention_mask is None or q.shape[2] == 1 and attention_mask.dtype == torch.bool and not self.training:
                 q, k, v = (x.transpose(1, 2) for x in (q, k[:, :, :kv_length], v[:, :, :kv_length]))
                 return fused_attention(q, k, v, attention_mask, self.D ** -0.5, dropout), None
@@ -255,7 +321,8 @@ class LightningAttention(nn.Module):
         self.scale = {"1/sqrt(d)": D ** -0.5, "1/d": 1 / D}.get(config.lightning_scale, 1.0)
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(d, h * D, bias) for h in (H, n_kv, n_kv))
         self.o_proj = nn.Linear(H * D, d, bias)
-        if config.lightning_use_qk_norm: self.q_norm, self.k_norm = (HypeNetRMSNorm(D, config.rms_norm_eps) for _ in "qk")
+        if config.lightning_use_qk_norm:
+            self.q_norm, self.k_norm = (HypeNetRMSNorm(D, config.rms_norm_eps) for _ in "qk")
         if config.lightning_use_output_norm: self.o_norm = HypeNetRMSNorm(H * D, config.rms_norm_eps)
         if config.lightning_use_output_gate: self.z_proj = nn.Linear(d, H * D, bias)
         if config.lightning_use_short_conv:
@@ -264,13 +331,16 @@ class LightningAttention(nn.Module):
             self.conv_act = ACT2FN[config.lightning_conv_activation or "linear"]
 
     def short_conv(self, q, k, v, cache, documents):
-        "A causal convolution over the last few tokens of every channel, then its activation. The cache keeps its inputs."
+        """A causal convolution over the last few tokens of every channel, then its activation. The cache keeps its
+        inputs."""
         T, width, sizes = q.shape[1], self.config.lightning_conv_size, [x.shape[-1] for x in (q, k, v)]
         x = torch.cat([q, k, v], -1)
-        if cache is not None: x = cache.update_conv_state(x.transpose(1, 2), self.layer_idx, conv_kernel_size=width).transpose(1, 2)
+        if cache is not None:
+            x = cache.update_conv_state(x.transpose(1, 2), self.layer_idx, conv_kernel_size=width).transpose(1, 2)
         weight = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight]).to(x.dtype)[:, 0]
         x = F.pad(x, (0, 0, width - 1, 0))[:, -T - width + 1:]
-        # tap by tap: a few additions that a compiler joins with their neighbours, and a token of another document is left out
+        # tap by tap: a few additions that a compiler joins with their neighbours, and a token of another document is
+        # left out
         taps = [x[:, i:i + T] for i in range(width)]
         if documents is not None:
             d = F.pad(documents, (width - 1, 0), value=-1)
@@ -294,7 +364,9 @@ class LightningAttention(nn.Module):
         if self.config.lightning_use_output_gate: o = o * self.z_proj(x).sigmoid()
         return self.o_proj(o)
 
-    def forward(self, x, rope, position_ids, attention_mask=None, past_key_values=None, documents=None, borders=None, **kwargs):
+    def forward(
+        self, x, rope, position_ids, attention_mask=None, past_key_values=None, documents=None, borders=None, **kwargs
+    ):
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         # a padded token must leave no trace: nothing in the convolution, nothing written into the state
         if attention_mask is not None: q, k, v = (y * attention_mask[..., None].to(y.dtype) for y in (q, k, v))
@@ -302,7 +374,8 @@ class LightningAttention(nn.Module):
         state = cache.recurrent_states[0] if cache is not None and cache.has_previous_state[0] else None
         if self.config.lightning_use_short_conv:
             q, k, v = self.short_conv(q, k, v, past_key_values, documents)
-            # the activation of 0 is 0, but a token just after the padding must not write for it: mask the value once more
+            # the activation of 0 is 0, but a token just after the padding must not write for it: mask the value once
+            # more
             if attention_mask is not None: v = v * attention_mask[..., None].to(v.dtype)
         q, k, v = self.heads(q, k, v, rope)
         o, state = linear_attention(q, k, v, -decay_slopes(self.H, q.device), state, documents, borders)
@@ -348,7 +421,10 @@ def check_padding(
     if mask.all(): return None
     starts = (mask[:, 1:] & ~mask[:, :-1]).sum(1) + mask[:, 0]
     if (starts > 1).any():
-        raise ValueError(f"row {int((starts > 1).nonzero()[0])} of the attention mask has padding between tokens: put all padding on the left or on the right")
+        raise ValueError(
+            f"row {int((starts > 1).nonzero()[0])} of the attention mask has padding between tokens: put all padding "
+            "on the left or on the right"
+        )
     return mask
 
 
@@ -359,11 +435,17 @@ def document_ids(
     cache: Cache | None,
     kwargs: dict,                       # may hold cu_seq_lens_q, the borders that flash attention's collators give
 ) -> torch.Tensor | None:
-    "(B, T) the document of each token in a packed row, or None. Padded rows and calls with a cache hold one document each."
+    """(B, T) the document of each token in a packed row, or None. Padded rows and calls with a cache hold one document
+    each."""
     if attention_mask is not None or T == 1: return None
     if (borders := kwargs.get("cu_seq_lens_q")) is not None:
         documents = torch.bucketize(torch.arange(T, device=borders.device), borders[1:], right=True)[None]
-    else: documents = None if position_ids is None or cache is not None and is_tracing(position_ids) else find_packed_sequence_indices(position_ids)
+    else:
+        documents = (
+            None
+            if position_ids is None or cache is not None and is_tracing(position_ids)
+            else find_packed_sequence_indices(position_ids)
+        )
     if documents is not None and cache is not None:
         raise ValueError("packed documents and a cache do not go together: pass use_cache=False, or one document a row")
     return documents
@@ -373,15 +455,27 @@ def has_flash(
     x: torch.Tensor,  # what a layer reads
     D: int,           # head dimension
 ) -> bool:
-    "Whether PyTorch's flash kernel takes what becomes of x: a GPU from sm_80 on, half precision, and nobody has switched it off."
-    if not x.is_cuda or D % 8 or D > 256 or not torch.backends.cuda.flash_sdp_enabled() or torch.cuda.get_device_capability(x.device) < (8, 0): return False
-    return (torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype) in (torch.float16, torch.bfloat16)
+    """Whether PyTorch's flash kernel takes what becomes of x: a GPU from sm_80 on, half precision, and nobody has
+    switched it off."""
+    if (
+        not x.is_cuda
+        or D % 8
+        or D > 256
+        or not torch.backends.cuda.flash_sdp_enabled()
+        or torch.cuda.get_device_capability(x.device) < (8, 0)
+    ):
+        return False
+    return (torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype) in (
+        torch.float16,
+        torch.bfloat16,
+    )
 
 
 def document_borders(
     documents: torch.Tensor,  # (B, T) of `document_ids`
 ) -> tuple[torch.Tensor, list[int]]:
-    "Where each document begins and the last ends in the flattened batch; as a tensor with empty documents added, so that one shape serves most rows, and as they are."
+    """Where each document begins and the last ends in the flattened batch; as a tensor with empty documents added, so
+    that one shape serves most rows, and as they are."""
     borders = borders_of(documents).tolist()
     return torch.tensor(borders + borders[-1:] * (-(len(borders) - 1) % 256), device=documents.device), borders
 
@@ -390,10 +484,12 @@ def document_groups(
     borders: list[int],  # of `document_borders`
     device,              # where the places are needed
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Documents whose lengths have the same power of two, padded to the longest of them: for each group the places of its tokens in the
-    flattened batch (N, L), padding included, and which of the N * L are tokens. So padding at most doubles what is read."""
+    """Documents whose lengths have the same power of two, padded to the longest of them: for each group the places of
+    its tokens in the flattened batch (N, L), padding included, and which of the N * L are tokens. So padding at most
+    doubles what is read."""
     groups: dict = {}
-    for start, end in zip(borders, borders[1:]): groups.setdefault((end - start - 1).bit_length(), []).append((start, end - start))
+    for start, end in zip(borders, borders[1:]):
+        groups.setdefault((end - start - 1).bit_length(), []).append((start, end - start))
     out = []
     for members in groups.values():
         starts, lengths = torch.tensor(members).T
@@ -424,35 +520,73 @@ class HypeNetModel(HypeNetPreTrainedModel):
         prepared = isinstance(attention_mask, dict)  # generate makes the masks itself before it compiles
         padding = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
         if padding is not None and eager and T > 1: attention_mask = padding = check_padding(padding)
-        if (cache := kwargs.pop("cache", None)) is not None: past_key_values = cache  # its name from transformers 5.24 on
+        # its name from transformers 5.24 on
+        if (cache := kwargs.pop("cache", None)) is not None: past_key_values = cache
         documents = document_ids(T, position_ids, attention_mask, past_key_values, kwargs)
-        if use_cache and past_key_values is None and documents is None: past_key_values = DynamicCache(config=self.config)
+        if use_cache and past_key_values is None and documents is None:
+            past_key_values = DynamicCache(config=self.config)
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         if eager and past_key_values is not None and 0 < (room := past_key_values.get_max_length()) < seen + T:
-            raise ValueError(f"the static cache has room for {room} tokens and {int(seen) + T} are needed: give it a larger max_cache_len")
+            raise ValueError(
+                f"the static cache has room for {room} tokens and {int(seen) + T} are needed: give it a larger "
+                "max_cache_len"
+            )
         given = position_ids  # only positions that the caller chose can say where one document ends and the next begins
         if position_ids is None and padding is not None:
             # padding takes no position: left-padded rows count from their first real token
             position_ids = (padding.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
         if position_ids is None: position_ids = torch.arange(T, device=x.device)[None] + seen
-        mask = dict(config=self.config, inputs_embeds=x, attention_mask=attention_mask, position_ids=given, **{CACHE: past_key_values})
-        plain = eager and self.config._attn_implementation == "sdpa" and attention_mask is None and documents is None and T > 1
+        mask = dict(
+            config=self.config,
+            inputs_embeds=x,
+            attention_mask=attention_mask,
+            position_ids=given,
+            **{CACHE: past_key_values},
+        )
+        plain = (
+            eager
+            and self.config._attn_implementation == "sdpa"
+            and attention_mask is None
+            and documents is None
+            and T > 1
+        )
         if plain: kwargs["kv_length"] = int(seen) + T  # queries last, nothing padded: causal without a mask
         # a mask of T x T would make every token pay for all documents of its row
         packed = borders = None
         if documents is not None and eager and self.config._attn_implementation == "sdpa":
             borders, places = document_borders(documents)
-            packed = (borders.int(), max(b - a for a, b in zip(places, places[1:]))) if has_flash(x, self.config.head_dim) else document_groups(places, x.device)
-        masks = attention_mask if prepared else {"full_attention": None if plain or packed else create_causal_mask(**mask),
-                                                 "linear_attention": create_recurrent_attention_mask(**mask)}
-        ropes = {D: rope_angles(position_ids, D, self.config.rope_theta) for D in {self.config.head_dim, self.config.lightning_head_dim}}
+            packed = (
+                (borders.int(), max(b - a for a, b in zip(places, places[1:])))
+                if has_flash(x, self.config.head_dim)
+                else document_groups(places, x.device)
+            )
+        masks = (
+            attention_mask
+            if prepared
+            else {
+                "full_attention": None if plain or packed else create_causal_mask(**mask),
+                "linear_attention": create_recurrent_attention_mask(**mask),
+            }
+        )
+        ropes = {
+            D: rope_angles(position_ids, D, self.config.rope_theta)
+            for D in {self.config.head_dim, self.config.lightning_head_dim}
+        }
         for kind, layer in zip(self.config.layer_types, self.layers):
             D = self.config.head_dim if kind == "full_attention" else self.config.lightning_head_dim
-            own = dict(packed=packed) if kind == "full_attention" else dict(borders=borders)  # packed is new in every row: a linear layer, compiled whole, must not see it
-            x = layer(x, rope=ropes[D], position_ids=position_ids, attention_mask=masks[kind], past_key_values=past_key_values, documents=documents, **own, **kwargs)
+            # packed is new in every row: a linear layer, compiled whole, must not see it
+            own = dict(packed=packed) if kind == "full_attention" else dict(borders=borders)
+            x = layer(
+                x,
+                rope=ropes[D],
+                position_ids=position_ids,
+                attention_mask=masks[kind],
+                past_key_values=past_key_values,
+                documents=documents,
+                **own,
+                **kwargs,
+            )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: past_key_values})
-
-
 
 # %% ../nbs/03a_hypenet.ipynb #761ff9d2
 class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
@@ -468,8 +602,18 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @can_return_tuple
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-                labels=None, use_cache=None, logits_to_keep: int | torch.Tensor = 0, **kwargs) -> CausalLMOutputWithPast:
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
         out = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
                          past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)
         # the loss needs every position, whatever part of the logits the caller wants to keep
@@ -478,7 +622,13 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
         logits = self.lm_head(x)
         loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
         if labels is not None: logits = logits[:, keep]
-        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states, attentions=out.attentions, **{CACHE: getattr(out, CACHE)})
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+            **{CACHE: getattr(out, CACHE)},
+        )
 
 
 class HybridConfig(HypeNetConfig):
@@ -523,7 +673,8 @@ def prefill(
 ) -> tuple[torch.Tensor, Cache]:
     "Read a long prompt piece by piece: logits of the last token (B, 1, V), and the cache to go on from."
     if cache is None: cache = DynamicCache(config=model.config)
-    for piece in input_ids.split(chunk, 1): x = model.base_model(piece, use_cache=True, **{CACHE: cache}).last_hidden_state[:, -1:]
+    for piece in input_ids.split(chunk, 1):
+        x = model.base_model(piece, use_cache=True, **{CACHE: cache}).last_hidden_state[:, -1:]
     return model.get_output_embeddings()(x), cache
 
 # %% ../nbs/03a_hypenet.ipynb #5b1d7c03
@@ -539,7 +690,9 @@ def _stepwise(model, prompts, room, ends) -> list[list[int]]:
         ids.index_copy_(1, at, torch.where(known < 0, logits[:, -1:].argmax(-1), known))
     def step():
         mask = dict(full_attention=(slots <= at)[None, None, None], linear_attention=None)
-        logits = model(ids.index_select(1, at), attention_mask=mask, position_ids=at[None], use_cache=True, **{CACHE: cache}).logits
+        logits = model(
+            ids.index_select(1, at), attention_mask=mask, position_ids=at[None], use_cache=True, **{CACHE: cache}
+        ).logits
         at.add_(1)
         put(logits)
     put(prefill(model, ids[:, :first], first, cache)[0])
@@ -557,9 +710,13 @@ def _stepwise(model, prompts, room, ends) -> list[list[int]]:
 def _padded(model, prompts, room, ends, pad) -> list[list[int]]:
     "transformers' generate, padded on the left; for any family."
     T = max(map(len, prompts))
-    x, mask = (torch.tensor([[empty] * (T - len(p)) + full(p) for p in prompts], device=model.device) for empty, full in ((pad, list), (0, lambda p: [1] * len(p))))
+    x, mask = (
+        torch.tensor([[empty] * (T - len(p)) + full(p) for p in prompts], device=model.device)
+        for empty, full in ((pad, list), (0, lambda p: [1] * len(p)))
+    )
     how = GenerationConfig(do_sample=False, max_new_tokens=room, pad_token_id=pad, eos_token_id=sorted(ends) or None)
-    with without_cudnn(): return model.generate(x, attention_mask=mask, generation_config=how)[:, T:].tolist()  # a new shape at every token
+    # a new shape at every token
+    with without_cudnn(): return model.generate(x, attention_mask=mask, generation_config=how)[:, T:].tolist()
 
 
 def text_ends(
@@ -567,7 +724,11 @@ def text_ends(
     tokenizer,
 ) -> set[int]:
     "The tokens that end a text: the model's, or else the tokenizer's."
-    stop = model.generation_config.eos_token_id if model.generation_config.eos_token_id is not None else tokenizer.eos_token_id
+    stop = (
+        model.generation_config.eos_token_id
+        if model.generation_config.eos_token_id is not None
+        else tokenizer.eos_token_id
+    )
     return {stop} if isinstance(stop, int) else set(stop or [])
 
 
@@ -581,20 +742,27 @@ def greedy(
 ) -> list[list[int]]:
     "Greedy continuations of many prompts, without the token that ends each."
     ends = ends or set()
-    said = _stepwise(model, prompts, room, ends) if isinstance(model, HypeNetForCausalLM) else _padded(model, prompts, room, ends, pad)
+    said = (
+        _stepwise(model, prompts, room, ends)
+        if isinstance(model, HypeNetForCausalLM)
+        else _padded(model, prompts, room, ends, pad)
+    )
     return [list(takewhile(lambda t: t not in ends, x)) for x in said]
 
 # %% ../nbs/03a_hypenet.ipynb #2021c752
 def compile_layers(
     model: "HypeNetForCausalLM",  # changed in place
-    whole: bool = False,          # linear layers in one piece: for training without a cache on rows of one shape, with fla's kernels
+    whole: bool = False,  # linear layers in one piece: for training without a cache on rows of one shape, with fla's
+                          # kernels
 ) -> "HypeNetForCausalLM":
-    "Compile what lies between the attention kernels, for training and prefill; returns the model. (`generate` compiles decoding itself.)"
+    """Compile what lies between the attention kernels, for training and prefill; returns the model. (`generate`
+    compiles decoding itself.)"""
     torch._dynamo.config.recompile_limit = 64  # two kinds of layer, with and without gradients, under autocast and not
     for layer in model.model.layers:
         mixer = layer.self_attn
         if whole and isinstance(mixer, LightningAttention):
-            layer.forward = torch.compile(layer.forward, dynamic=False)  # the forward alone: who shards or checkpoints the layer hooks into its call
+            # the forward alone: who shards or checkpoints the layer hooks into its call
+            layer.forward = torch.compile(layer.forward, dynamic=False)
             continue
         for name in ("project", "heads", "finish"):
             if hasattr(mixer, name): setattr(mixer, name, torch.compile(getattr(mixer, name)))

@@ -85,7 +85,8 @@ def _kinds(side: Side) -> list[str]:
 
 def _spared(side: Side, moves: list[Move]) -> str:
     "The pattern for the Q and K among some moves; none where they share a matrix with others."
-    alone = [m.post for m in moves if m.whole or m.post.endswith((".q_proj.weight", ".k_proj.weight"))]  # Q beside its gate
+    # Q beside its gate
+    alone = [m.post for m in moves if m.whole or m.post.endswith((".q_proj.weight", ".k_proj.weight"))]
     asked = [m.post for m in moves if m.role in ("q", "k") and len(m.shape) == 2 and m.post.endswith(".weight")]
     chosen = asked if set(asked) <= set(alone) else []
     maps = [name for name in side.tensors if len(side.about(name)[0]) == 2]
@@ -213,6 +214,7 @@ def figure(
     "The strip of layers and, for two checkpoints, the drift of each tensor above its layer."
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
+
     from qkrestore_nb.core import colors, plot_style
 
     plot_style()

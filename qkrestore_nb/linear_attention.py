@@ -24,7 +24,8 @@ def linear_attention_recurrent(
     state: torch.Tensor | None = None,  # (B, H, D, D); None: nothing stored yet
     documents: torch.Tensor | None = None,  # (B, T) which document a token belongs to, never falling; None: one
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    "S_t = e^decay S_{t-1} + k_t v_t^T, o_t = q_t S_t: one token after another, memory that does not grow. For decoding."
+    """S_t = e^decay S_{t-1} + k_t v_t^T, o_t = q_t S_t: one token after another, memory that does not grow. For
+    decoding."""
     B, T, H, D = q.shape
     S = q.new_zeros(B, H, D, v.shape[-1]) if state is None else state
     factor, o = decay.exp()[:, None, None], []
@@ -39,7 +40,8 @@ def decay_slopes(
     H: int,       # number of heads
     device=None,  # where the slopes are needed: made there, so that a GPU need not wait for a copy
 ) -> torch.Tensor:
-    "One decay rate per head, ALiBi's geometric slopes: 2^(-8h/H), and its interleave where H is no power of two. (H,), positive."
+    """One decay rate per head, ALiBi's geometric slopes: 2^(-8h/H), and its interleave where H is no power of two.
+    (H,), positive."""
     def powers(n): return 2 ** (-8 / n * torch.arange(1, n + 1, device=device))
     n = 2 ** (H.bit_length() - 1)  # the largest power of two that is at most H
     return torch.cat([powers(n), powers(2 * n)[::2]])[:H]
@@ -53,11 +55,14 @@ def linear_attention_quadratic(
     state: torch.Tensor | None = None,  # (B, H, D, D) what was stored before; None: nothing
     documents: torch.Tensor | None = None,  # (B, T) document of each token; an earlier state belongs to the first
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    "Attention with a decaying mask and no softmax. Time and memory grow with T^2. Returns o (B, T, H, D) and the new state."
+    """Attention with a decaying mask and no softmax. Time and memory grow with T^2. Returns o (B, T, H, D) and the new
+    state."""
     T = q.shape[1]
     t = torch.arange(T, device=q.device)
-    mask = (decay[:, None, None] * (t[:, None] - t).clamp(min=0)).exp().tril()  # (H, T, T): e^{decay (t - s)} where s <= t
-    keep, reach = ((decay * n[:, None]).exp()[..., None] for n in (T - 1 - t, t + 1))  # (T, H, 1): of a key at the end, of the state before at t
+    # (H, T, T): e^{decay (t - s)} where s <= t
+    mask = (decay[:, None, None] * (t[:, None] - t).clamp(min=0)).exp().tril()
+    # (T, H, 1): of a key at the end, of the state before at t
+    keep, reach = ((decay * n[:, None]).exp()[..., None] for n in (T - 1 - t, t + 1))
     stays = 1
     if documents is not None:
         mask = mask * (documents[:, None, :, None] == documents[:, None, None, :])
@@ -77,7 +82,8 @@ def _scan(
     last: torch.Tensor,          # (B or 1, N) document of each chunk's last token
     width: int = 32,             # chunks taken in one matmul
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    "The state before each chunk, (B, N, H, D, D), and after the last: the same recurrence, `width` steps in one product."
+    """The state before each chunk, (B, N, H, D, D), and after the last: the same recurrence, `width` steps in one
+    product."""
     states = []
     for u, first, end in zip(U.split(width, 1), before.split(width, 1), last.split(width, 1)):
         n = torch.arange(u.shape[1], device=u.device)
@@ -100,7 +106,8 @@ def linear_attention_chunked(
     documents: torch.Tensor | None = None,  # (B, T) document of each token; None: one
     chunk: int = 64,                    # tokens a chunk: 64 keeps the products big enough for matrix units
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    "Quadratic inside chunks, recurrent between them: matmuls only, and time that grows with T. For training and prefill."
+    """Quadratic inside chunks, recurrent between them: matmuls only, and time that grows with T. For training and
+    prefill."""
     B, T, H, D = q.shape
     S = q.new_zeros(B, H, D, v.shape[-1]) if state is None else state
     whole, outputs = T - T % chunk, []
@@ -112,8 +119,12 @@ def linear_attention_chunked(
         given = [cut(x).flatten(0, 1) for x in (q, k, v)] + [decay, None, one]  # chunks in the place of rows
         inside, U = linear_attention_quadratic(*given)
         states, S = _scan(U.unflatten(0, (B, -1)), decay * chunk, S, before, last)
-        reach = (decay * (torch.arange(chunk, device=q.device) + 1)[:, None]).exp()[..., None] * (d == before[..., None])[..., None, None]
-        outputs.append((inside.unflatten(0, (B, -1)) + torch.einsum("bnthd,bnhde->bnthe", cut(q) * reach, states)).flatten(1, 2))
+        reach = (decay * (torch.arange(chunk, device=q.device) + 1)[:, None]).exp()[..., None] * (
+            d == before[..., None]
+        )[..., None, None]
+        outputs.append(
+            (inside.unflatten(0, (B, -1)) + torch.einsum("bnthd,bnhde->bnthe", cut(q) * reach, states)).flatten(1, 2)
+        )
     if whole < T:  # what is left over is shorter than a chunk: the quadratic form
         rest = None if documents is None else documents[:, whole:]
         if whole and rest is not None: S = S * (last[:, -1] == rest[:, 0])[:, None, None, None]
@@ -136,11 +147,15 @@ _TILES = {  # the few tiles that are tried, by kernel: middle-sized ones, not co
 def fla_kernels() -> ModuleType:
     "fla's simple_gla.chunk module with its autotuning narrowed. ImportError where fla is missing or too old."
     from importlib.metadata import PackageNotFoundError, version
-    try: found = version("fla-core")
-    except PackageNotFoundError: raise ImportError("flash-linear-attention is not installed: pip install 'qkrestore_nb[gpu]'") from None
+    try:
+        found = version("fla-core")
+    except PackageNotFoundError:
+        raise ImportError("flash-linear-attention is not installed: pip install 'qkrestore_nb[gpu]'") from None
     if tuple(map(int, found.split(".")[:2])) < (0, 6):
         raise ImportError(f"flash-linear-attention {found} is too old: pip install -U 'flash-linear-attention>=0.6'")
-    import fla.ops.common.chunk_h, fla.ops.common.chunk_o, fla.ops.simple_gla.chunk
+    import fla.ops.common.chunk_h
+    import fla.ops.common.chunk_o
+    import fla.ops.simple_gla.chunk
     if os.environ.get("QKRESTORE_AUTOTUNE") != "full":
         for name, keep in _TILES.items():
             kernel = getattr(fla.ops.common.chunk_h if name.endswith("h") else fla.ops.common.chunk_o, name)
@@ -149,7 +164,8 @@ def fla_kernels() -> ModuleType:
     return fla.ops.simple_gla.chunk
 
 
-_last: list = []  # documents, their version, their borders: every layer of a forward asks for the same, and each answer makes the GPU wait
+_last: list = []  # documents, their version, their borders: every layer of a forward asks for the same, and each answer
+                  # makes the GPU wait
 
 
 def borders_of(documents: Tensor) -> Tensor:
@@ -168,13 +184,28 @@ def _kernel_arguments(q, k, v, decay, state, borders) -> dict:
     "What forward and backward tell the kernels alike; they count the decay in powers of two."
     from fla.ops.utils import prepare_chunk_indices
     from fla.ops.utils.constant import RCP_LN2
-    return dict(q=q.contiguous(), k=k.contiguous(), v=v.contiguous(), g=None, g_gamma=decay * RCP_LN2, initial_state=state, scale=1.0, cu_seqlens=borders,
-                chunk_size=64, chunk_indices=None if borders is None else prepare_chunk_indices(borders, 64))
+
+    return dict(
+        q=q.contiguous(),
+        k=k.contiguous(),
+        v=v.contiguous(),
+        g=None,
+        g_gamma=decay * RCP_LN2,
+        initial_state=state,
+        scale=1.0,
+        cu_seqlens=borders,
+        chunk_size=64,
+        chunk_indices=None if borders is None else prepare_chunk_indices(borders, 64),
+    )
 
 
 @torch.library.custom_op("qkrestore_nb::lightning", mutates_args=())
-def _lightning(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor | None, borders: Tensor | None) -> tuple[Tensor, Tensor]:
-    o, S = fla_kernels().chunk_simple_gla_fwd(**_kernel_arguments(q, k, v, decay, state, borders), output_final_state=True)
+def _lightning(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor | None, borders: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    o, S = fla_kernels().chunk_simple_gla_fwd(
+        **_kernel_arguments(q, k, v, decay, state, borders), output_final_state=True
+    )
     return o.to(q.dtype).contiguous(), S
 
 
@@ -187,13 +218,22 @@ def _(q, k, v, decay, state, borders):
 @torch.library.custom_op("qkrestore_nb::lightning_backward", mutates_args=())
 def _lightning_backward(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor | None, borders: Tensor | None,
                         do: Tensor, dS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv, _, d0 = fla_kernels().chunk_simple_gla_bwd(**_kernel_arguments(q, k, v, decay, state, borders), do=do.contiguous(), dht=dS.contiguous())
-    return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous(), dS.new_empty(0) if d0 is None else d0
+    dq, dk, dv, _, d0 = fla_kernels().chunk_simple_gla_bwd(
+        **_kernel_arguments(q, k, v, decay, state, borders), do=do.contiguous(), dht=dS.contiguous()
+    )
+    return (
+        dq.to(q.dtype).contiguous(),
+        dk.to(k.dtype).contiguous(),
+        dv.to(v.dtype).contiguous(),
+        dS.new_empty(0) if d0 is None else d0,
+    )
 
 
 @_lightning_backward.register_fake
 def _(q, k, v, decay, state, borders, do, dS):
-    return *(x.new_empty(x.shape) for x in (q, k, v)), dS.new_empty(0) if state is None else state.new_empty(state.shape)
+    return *(x.new_empty(x.shape) for x in (q, k, v)), dS.new_empty(0) if state is None else state.new_empty(
+        state.shape
+    )
 
 
 def _remember(ctx, inputs, output): ctx.save_for_backward(*inputs)
@@ -208,38 +248,48 @@ _lightning.register_autograd(_grads, setup_context=_remember)
 
 # %% ../nbs/02_linear_attention.ipynb #be90a3c3
 def linear_attention_triton(
-    q: torch.Tensor,                    # (B, T, H, D) on a GPU, already scaled; the kernels run in v's dtype, sums in float32
+    q: torch.Tensor,  # (B, T, H, D) on a GPU, already scaled; the kernels run in v's dtype, sums in float32
     k: torch.Tensor,                    # (B, T, H, D)
     v: torch.Tensor,                    # (B, T, H, D)
     decay: torch.Tensor,                # (H,) logarithm of the factor per token, <= 0
     state: torch.Tensor | None = None,  # (B, H, D, D); None: nothing stored yet
     documents: torch.Tensor | None = None,  # (B, T) document of each token; None: one
-    borders: torch.Tensor | None = None,    # where they begin and end in the flattened batch, if that is known: empty ones at the end are allowed
+    borders: torch.Tensor | None = None,  # where they begin and end in the flattened batch, if that is known: empty
+                                          # ones at the end are allowed
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    "The chunked form in flash-linear-attention's kernels (simple_gla). Raises ImportError where they are missing or too old."
+    """The chunked form in flash-linear-attention's kernels (simple_gla). Raises ImportError where they are missing or
+    too old."""
     B, T = q.shape[:2]
     q, k, decay = q.to(v.dtype), k.to(v.dtype), decay.float()
     if documents is not None:
         if borders is None: borders = borders_of(documents)
-        row = torch.searchsorted(borders, T * torch.arange(B + 1, device=q.device))  # the document that each row begins with
+        # the document that each row begins with
+        row = torch.searchsorted(borders, T * torch.arange(B + 1, device=q.device))
         if state is not None: state = state.new_zeros(len(borders) - 1, *state.shape[1:]).index_copy(0, row[:-1], state)
         q, k, v = (x.flatten(0, 1)[None] for x in (q, k, v))
     if torch.compiler.is_compiling(): o, S = _lightning(q, k, v, decay, state, borders)
     else:
-        o, S = fla_kernels().chunk_simple_gla(q, k, v, g_gamma=decay, scale=1.0, initial_state=state, output_final_state=True, cu_seqlens=borders)
+        o, S = fla_kernels().chunk_simple_gla(
+            q, k, v, g_gamma=decay, scale=1.0, initial_state=state, output_final_state=True, cu_seqlens=borders
+        )
     if borders is None: return o, S
     return o.view(B, T, *o.shape[2:]), S[row[1:] - 1]
 
 # %% ../nbs/02_linear_attention.ipynb #90fefddb
-FORMS = {"recurrent": linear_attention_recurrent, "quadratic": linear_attention_quadratic, "chunked": linear_attention_chunked,
-         "triton": linear_attention_triton}
+FORMS = {
+    "recurrent": linear_attention_recurrent,
+    "quadratic": linear_attention_quadratic,
+    "chunked": linear_attention_chunked,
+    "triton": linear_attention_triton,
+}
 
 
 @functools.cache
 def _look_for_triton(device: torch.device) -> str | None:
     "None if fla's kernels can be used; else the reason, which is logged once."
     capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0): return f"the GPU is sm_{capability[0]}{capability[1]}, and fla's kernels are used from sm_80 on"
+    if capability < (8, 0):
+        return f"the GPU is sm_{capability[0]}{capability[1]}, and fla's kernels are used from sm_80 on"
     try: fla_kernels()
     except ImportError as e:
         _log.warning("linear attention runs in plain PyTorch: %s", e)
@@ -275,13 +325,18 @@ def linear_attention(
     documents: torch.Tensor | None = None,  # (B, T) document of each token; None: one
     borders: torch.Tensor | None = None,    # the same for fla's kernels, as in `linear_attention_triton`
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    "One contract for every form; `pick_backend` chooses. Sums in float32; o in v's dtype, but float32 for float16, which overflows."
+    """One contract for every form; `pick_backend` chooses. Sums in float32; o in v's dtype, but float32 for float16,
+    which overflows."""
     backend, _ = pick_backend(q.shape[1], q.device)
     dtype = torch.float32 if v.dtype == torch.float16 else v.dtype
     q, k, v = (q, k, v.to(dtype)) if backend == "triton" else (q.float(), k.float(), v.float())
     # entering autocast's context costs as much as a kernel's launch: only where there is one to leave
     where = q.device.type
-    with torch.autocast(where, enabled=False) if where != "meta" and torch.is_autocast_enabled(where) else contextlib.nullcontext():
+    with (
+        torch.autocast(where, enabled=False)
+        if where != "meta" and torch.is_autocast_enabled(where)
+        else contextlib.nullcontext()
+    ):
         o, state = FORMS[backend](q, k, v, decay.float(), state, documents, *[borders] * (backend == "triton"))
     return o.to(dtype), state
 
@@ -302,14 +357,23 @@ def compare_forms(
         start = torch.randn(2, H, D, D, generator=g, dtype=torch.float64)
         cut = (torch.arange(T) >= T // 3).long() + (torch.arange(T) >= T // 2)
         decay = torch.linspace(*decays, H, dtype=torch.float64)
-        q, k, v, w = (x.to(dtype).double() for x in (q * D ** -.5, k * D ** -.5, v, w))  # every form is given the same rounded numbers
-        for case, state, documents in (("", None, None), ("state", start, None), ("documents", None, cut.expand(2, -1))):
+        # every form is given the same rounded numbers
+        q, k, v, w = (x.to(dtype).double() for x in (q * D ** -.5, k * D ** -.5, v, w))
+        for case, state, documents in (
+            ("", None, None),
+            ("state", start, None),
+            ("documents", None, cut.expand(2, -1)),
+        ):
             results = {}
             for name in ["judge", *forms]:
                 where = dict(judge=("cpu", torch.float64), triton=(device, dtype)).get(name, (device, torch.float32))
                 cast = lambda x: x.detach().clone().to(*where)
                 x = [cast(y).requires_grad_() for y in (q, k, v)]
-                S0 = None if state is None else state.to(x[0].device, torch.float64 if name == "judge" else torch.float32).requires_grad_()
+                S0 = (
+                    None
+                    if state is None
+                    else state.to(x[0].device, torch.float64 if name == "judge" else torch.float32).requires_grad_()
+                )
                 d = None if documents is None else documents.to(x[0].device)
                 form = FORMS["recurrent" if name == "judge" else name]
                 given = [*x, cast(decay) if name == "judge" else decay.to(device, torch.float32), S0, d]
@@ -342,7 +406,8 @@ def delta_rule_recurrent(
 
 # %% ../nbs/02_linear_attention.ipynb #0f93c616
 def delta_rule_quadratic(q, k, v, decay, beta, state=None) -> tuple[Tensor, Tensor]:
-    "The gated delta rule for all tokens at once: a triangular solve, then decaying attention. Arguments as in `delta_rule_recurrent`."
+    """The gated delta rule for all tokens at once: a triangular solve, then decaying attention. Arguments as in
+    `delta_rule_recurrent`."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                        # (B, H, T, D)
     G, beta = decay.cumsum(1).transpose(1, 2), beta.transpose(1, 2)[..., None]              # (B, H, T), (B, H, T, 1)
     mask = (G[..., :, None] - G[..., None, :]).tril().exp().tril()                          # e^{G_t - G_s} where s <= t
@@ -357,7 +422,8 @@ def delta_rule_quadratic(q, k, v, decay, beta, state=None) -> tuple[Tensor, Tens
 
 
 def delta_rule_chunked(q, k, v, decay, beta, state=None, chunk: int = 64) -> tuple[Tensor, Tensor]:
-    "The same, `chunk` tokens at a time with the state handed on: time that grows with T. Arguments as in `delta_rule_recurrent`."
+    """The same, `chunk` tokens at a time with the state handed on: time that grows with T. Arguments as in
+    `delta_rule_recurrent`."""
     outputs = []
     for part in zip(*(x.split(chunk, 1) for x in (q, k, v, decay, beta))):
         given = [*part, state]

@@ -21,10 +21,12 @@ from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+
 from . import traces
 from .checkpoints import CheckpointError, write_whole
 from .core import pick_profile, provenance
@@ -43,7 +45,11 @@ if TYPE_CHECKING:
 # %% ../nbs/12b_long_recall.ipynb #5ec7eade
 def _share(scores: dict, T: int, count: str = "lookup") -> float:
     "Percent right of a variant at a length, mean over the kinds that have it."
-    cells = [cells[str(T)] for kind, cells in scores.items() if kind in ("single_2", "single_3", "multikey_1") and str(T) in cells]
+    cells = [
+        cells[str(T)]
+        for kind, cells in scores.items()
+        if kind in ("single_2", "single_3", "multikey_1") and str(T) in cells
+    ]
     return 100 * float(np.mean([c[count] / c["n"] for c in cells])) if cells else float("nan")
 
 
@@ -54,18 +60,31 @@ def curve(
 ) -> "Figure | None":
     "Recall against length before SFT, after it and restored, a panel for each fine-tuning that has results."
     import matplotlib.pyplot as plt
+
     from qkrestore_nb.core import colors
     runs = {n: rs for n in names if (rs := [r for f, r in found.items() if f.rpartition("-seed")[0] == n])}
     if not runs or "pre-seed0" not in found: return None
     fig, axes = plt.subplots(1, len(runs), figsize=(3 * len(runs) + 1, 3.4), sharey=True, squeeze=False)
     for ax, (name, records) in zip(axes[0], runs.items()):
-        looks = dict(pre=("before SFT", "pre"), post=("after SFT", "post"), qk=("Q,K restored", "restored"), vo=("V,O restored", "vo"))
+        looks = dict(
+            pre=("before SFT", "pre"),
+            post=("after SFT", "post"),
+            qk=("Q,K restored", "restored"),
+            vo=("V,O restored", "vo"),
+        )
         for variant_name, (label, shade) in looks.items():
             for i, r in enumerate(records if variant_name != "pre" else [found["pre-seed0"]]):
                 scores = r["scores"].get(variant_name)
                 if scores is None: continue
                 lengths = sorted(int(T) for T in scores["single_2"])
-                ax.plot(lengths, [_share(scores, T, count) for T in lengths], "o-", ms=4, color=colors[shade], label=None if i else label)
+                ax.plot(
+                    lengths,
+                    [_share(scores, T, count) for T in lengths],
+                    "o-",
+                    ms=4,
+                    color=colors[shade],
+                    label=None if i else label,
+                )
         ax.set(title=name, xscale="log", ylim=(-3, 103), xlabel="tokens")
         ax.set_xticks(lengths, [f"{T // 1024}K" for T in lengths])
         ax.minorticks_off()
@@ -78,19 +97,32 @@ def contrasts(
     found: dict[str, dict],  # name of a file -> record
     T: int = 16384,
 ) -> "Markdown | None":
-    "A table: damage and what each repair recovers at a length, a row for each fine-tuning and seed. None without results."
+    """A table: damage and what each repair recovers at a length, a row for each fine-tuning and seed. None without
+    results."""
     from IPython.display import Markdown
     if "pre-seed0" not in found: return None
     heads = ["fine-tuning", "before", "SFT", "Q,K", "V,O", "all weights at 0.9", "solved", "solved, Q,K"]
     lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
     for name, r in found.items():
         scores = r["scores"]
-        start = found.get("transformer-pre-seed0" if name.startswith("transformer") else "pre-seed0", {}).get("scores", {}).get("pre")
+        start = (
+            found.get("transformer-pre-seed0" if name.startswith("transformer") else "pre-seed0", {})
+            .get("scores", {})
+            .get("pre")
+        )
         if "post" not in scores or start is None: continue
         pre, post = _share(start, T), _share(scores["post"], T)
         repairs = [f"{_share(scores[v], T) - post:+.0f}" if v in scores else "" for v in ("qk", "vo", "average 0.9")]
-        chains = [100 * sum(c["right"] for c in s.values()) / sum(c["n"] for c in s.values()) for v in ("post", "qk") if (s := scores.get(v, {}).get("chains"))]
-        lines.append("| " + " | ".join([name, f"{pre:.0f}", f"{post - pre:+.0f}", *repairs, *(f"{x:.0f}" for x in chains)]) + " |")
+        chains = [
+            100 * sum(c["right"] for c in s.values()) / sum(c["n"] for c in s.values())
+            for v in ("post", "qk")
+            if (s := scores.get(v, {}).get("chains"))
+        ]
+        lines.append(
+            "| "
+            + " | ".join([name, f"{pre:.0f}", f"{post - pre:+.0f}", *repairs, *(f"{x:.0f}" for x in chains)])
+            + " |"
+        )
     return Markdown("\n".join(lines))
 
 # %% ../nbs/12b_long_recall.ipynb #5a0195a2
@@ -161,35 +193,82 @@ def _tunes() -> tuple[Tune, ...]:
     seeds = lambda **how: [Tune(**how, seed=s) for s in (1, 2)]
     low, middle, high = 1e-4, 3e-4, 1e-3
     return (
-        Tune("pre"), Tune("near-3e-4", middle), Tune("near-1e-3", high),
-        Tune("packed-1e-3", high, layout="packed"), Tune("borders-1e-3", high, layout="borders"),
-        Tune("near-1e-4", low), Tune("far-1e-3", high, chains="far"), Tune("lora-1e-3", high, rank=16),
-        Tune("transformer-pre", base="transformer"), Tune("transformer-1e-3", high, base="transformer"),
-        *seeds(name="near-1e-3", lr=high), *seeds(name="near-3e-4", lr=middle),
+        Tune("pre"),
+        Tune("near-3e-4", middle),
+        Tune("near-1e-3", high),
+        Tune("packed-1e-3", high, layout="packed"),
+        Tune("borders-1e-3", high, layout="borders"),
+        Tune("near-1e-4", low),
+        Tune("far-1e-3", high, chains="far"),
+        Tune("lora-1e-3", high, rank=16),
+        Tune("transformer-pre", base="transformer"),
+        Tune("transformer-1e-3", high, base="transformer"),
+        *seeds(name="near-1e-3", lr=high),
+        *seeds(name="near-3e-4", lr=middle),
         Tune("prose-1e-3", high, chains="prose", full=False),
-        *seeds(name="packed-1e-3", lr=high, layout="packed", full=False), *seeds(name="borders-1e-3", lr=high, layout="borders", full=False),
-        *seeds(name="near-1e-4", lr=low, full=False), *seeds(name="lora-1e-3", lr=high, rank=16, full=False),
-        *seeds(name="transformer-1e-3", lr=high, base="transformer", full=False))
+        *seeds(name="packed-1e-3", lr=high, layout="packed", full=False),
+        *seeds(name="borders-1e-3", lr=high, layout="borders", full=False),
+        *seeds(name="near-1e-4", lr=low, full=False),
+        *seeds(name="lora-1e-3", lr=high, rank=16, full=False),
+        *seeds(name="transformer-1e-3", lr=high, base="transformer", full=False),
+    )
 
 
-plans: dict[str, Plan] = dict(gpu=Plan(
-    base=(Stage("align", 512, 150, 1e-3, 180_000), Stage("distil", 2048, 500, 8e-4, 150_000),
-          Stage("long", 16384, 300, 4e-4, 90_000), Stage("longer", 32768, 110, 2e-4, 75_000)),
-    soft=(Stage("soft-short", 2048, 150, 3e-4, 130_000), Stage("soft-long", 16384, 300, 3e-4, 55_000)),
-    tunes=_tunes(),
-    cells=(Cell("single_1", 16384, 64),
-           Cell("single_2", 1024, 128), Cell("single_2", 4096, 128, spoken=32), Cell("single_2", 16384, 128, primary=True, spoken=32), Cell("single_2", 32768, 48),
-           Cell("single_3", 1024, 128), Cell("single_3", 4096, 128), Cell("single_3", 16384, 128, primary=True, spoken=32), Cell("single_3", 32768, 48),
-           Cell("multikey_1", 1024, 64, 4), Cell("multikey_1", 4096, 48, 4), Cell("multikey_1", 16384, 48, 4, primary=True, spoken=32), Cell("multikey_1", 32768, 24, 4))))
+plans: dict[str, Plan] = dict(
+    gpu=Plan(
+        base=(
+            Stage("align", 512, 150, 1e-3, 180_000),
+            Stage("distil", 2048, 500, 8e-4, 150_000),
+            Stage("long", 16384, 300, 4e-4, 90_000),
+            Stage("longer", 32768, 110, 2e-4, 75_000),
+        ),
+        soft=(Stage("soft-short", 2048, 150, 3e-4, 130_000), Stage("soft-long", 16384, 300, 3e-4, 55_000)),
+        tunes=_tunes(),
+        cells=(
+            Cell("single_1", 16384, 64),
+            Cell("single_2", 1024, 128),
+            Cell("single_2", 4096, 128, spoken=32),
+            Cell("single_2", 16384, 128, primary=True, spoken=32),
+            Cell("single_2", 32768, 48),
+            Cell("single_3", 1024, 128),
+            Cell("single_3", 4096, 128),
+            Cell("single_3", 16384, 128, primary=True, spoken=32),
+            Cell("single_3", 32768, 48),
+            Cell("multikey_1", 1024, 64, 4),
+            Cell("multikey_1", 4096, 48, 4),
+            Cell("multikey_1", 16384, 48, 4, primary=True, spoken=32),
+            Cell("multikey_1", 32768, 24, 4),
+        ),
+    )
+)
 
 
 plans["smoke"] = replace(
-    plans["gpu"], keep=(1,), step_tokens=1024, tune_tokens=1024, span=256, weighted=1500, pool=40, rows=(512, 1024), packed=1024, problems=4, room=12, read=4096,
-    base=(Stage("align", 128, 3, 1e-3), Stage("distil", 256, 3, 1e-3), Stage("long", 512, 2, 3e-4)), soft=(Stage("soft-long", 512, 2, 3e-4),),
-    tunes=(Tune("pre"), Tune("near-1e-3", 1e-3), Tune("borders-1e-3", 1e-3, layout="borders"), Tune("lora-1e-3", 1e-3, rank=4, chains="far", full=False),
-           Tune("packed-1e-3", 1e-3, layout="packed", full=False), Tune("prose-1e-3", 1e-3, chains="prose", full=False),
-           Tune("transformer-1e-3", 1e-3, base="transformer", full=False)),
-    cells=(Cell("single_2", 700, 3, primary=True, spoken=2), Cell("multikey_1", 700, 2, 4)))
+    plans["gpu"],
+    keep=(1,),
+    step_tokens=1024,
+    tune_tokens=1024,
+    span=256,
+    weighted=1500,
+    pool=40,
+    rows=(512, 1024),
+    packed=1024,
+    problems=4,
+    room=12,
+    read=4096,
+    base=(Stage("align", 128, 3, 1e-3), Stage("distil", 256, 3, 1e-3), Stage("long", 512, 2, 3e-4)),
+    soft=(Stage("soft-long", 512, 2, 3e-4),),
+    tunes=(
+        Tune("pre"),
+        Tune("near-1e-3", 1e-3),
+        Tune("borders-1e-3", 1e-3, layout="borders"),
+        Tune("lora-1e-3", 1e-3, rank=4, chains="far", full=False),
+        Tune("packed-1e-3", 1e-3, layout="packed", full=False),
+        Tune("prose-1e-3", 1e-3, chains="prose", full=False),
+        Tune("transformer-1e-3", 1e-3, base="transformer", full=False),
+    ),
+    cells=(Cell("single_2", 700, 3, primary=True, spoken=2), Cell("multikey_1", 700, 2, 4)),
+)
 
 # %% ../nbs/12b_long_recall.ipynb #217898dd
 def predicted(
@@ -215,7 +294,8 @@ def books(
 ) -> list[str]:
     "Long documents. Raises CheckpointError where the file is missing."
     if file is None: return [" ".join(local_text())]
-    if not Path(file).is_file(): raise CheckpointError(f"{file} is missing: make it with `python benchmarks/studies/books.py`")
+    if not Path(file).is_file():
+        raise CheckpointError(f"{file} is missing: make it with `python benchmarks/studies/books.py`")
     return lzma.decompress(Path(file).read_bytes()).decode().split("\0")
 
 
@@ -231,42 +311,80 @@ def tokenized(
     documents: list[str],
 ) -> Prose:
     "The documents as one stream."
-    end, stops = tokenizer.eos_token_id, {i for i in range(len(tokenizer)) if tokenizer.decode([i]).endswith((".", "?", "!"))}
-    stream = np.array([t for ids in tokenizer(documents, add_special_tokens=False)["input_ids"] for t in [*ids, end]], np.int32)
+    end, stops = (
+        tokenizer.eos_token_id,
+        {i for i in range(len(tokenizer)) if tokenizer.decode([i]).endswith((".", "?", "!"))},
+    )
+    stream = np.array(
+        [t for ids in tokenizer(documents, add_special_tokens=False)["input_ids"] for t in [*ids, end]], np.int32
+    )
     return Prose(stream, np.flatnonzero(np.isin(stream, list(stops))) + 1)
 
 # %% ../nbs/12b_long_recall.ipynb #b4d87847
 formats = (  # sentence, question and the beginning of its answer, none of them a test's; {k} is a key, {v} a value
-    ("The access code for {k} is {v}.", "Question: What is the access code for {k}?\nAnswer: The access code for {k} is"),
+    (
+        "The access code for {k} is {v}.",
+        "Question: What is the access code for {k}?\nAnswer: The access code for {k} is",
+    ),
     ("Remember that {k} was given {v}.", "What was given to {k}? Given to {k} was"),
     ("In the register, {k} stands beside {v}.", "What stands beside {k} in the register? Beside {k} stands"),
-    ("{k} -> {v}.", "{k} ->"), ("{k}: {v}.", "Look up {k}. {k}:"),
+    ("{k} -> {v}.", "{k} ->"),
+    ("{k}: {v}.", "Look up {k}. {k}:"),
     ("Note: the file of {k} has the mark {v}.", "Which mark has the file of {k}? The file of {k} has the mark"),
     ("The secret of {k} is {v}.", "Somebody asks for the secret of {k}. The secret of {k} is"),
     ("They wrote on the door of {k}: {v}.", "What did they write on the door of {k}? They wrote on the door of {k}:"),
-    ("The order of {k} has the reference {v}.", "Give the reference of {k}'s order. The order of {k} has the reference"),
-    ("One of the lockers, that of {k}, opens with {v}.", "With what does the locker of {k} open? The locker of {k} opens with"),
+    (
+        "The order of {k} has the reference {v}.",
+        "Give the reference of {k}'s order. The order of {k} has the reference",
+    ),
+    (
+        "One of the lockers, that of {k}, opens with {v}.",
+        "With what does the locker of {k} open? The locker of {k} opens with",
+    ),
     ('{{"name": "{k}", "value": {v}}}.', 'The value of "{k}" in the records above is "value":'),
-    ("{k} has been assigned {v}.", "According to the text above, {k} has been assigned"))
+    ("{k} has been assigned {v}.", "According to the text above, {k} has been assigned"),
+)
 
 
-_first = "Anna Bruno Clara David Elena Felix Greta Hugo Irene Jonas Karla Leon Mira Nils Olga Paul Rosa Simon Tilda Victor Wanda Yusuf Zora Amir Bella Carl".split()
-_last = "Adler Baker Costa Dunn Ekman Ford Grau Holm Ivers Jung Keller Lang Moreau Novak Ortiz Perez Quist Ritter Sand Torres Ulrich Vogel Weber Young Zander".split()
-_made = "blue wooden northern second broken hidden ancient paper winter marble open lower foreign secret evening stone hollow double inner public".split()
-_things = "gate clock tower engine ledger chapel drawer garden letter vault barrel mirror station cabin archive harbour bell bridge window cart".split()
+_first = (
+    "Anna Bruno Clara David Elena Felix Greta Hugo Irene Jonas Karla Leon Mira Nils Olga Paul Rosa Simon "
+    "Tilda Victor Wanda Yusuf Zora Amir Bella Carl"
+).split()
+_last = (
+    "Adler Baker Costa Dunn Ekman Ford Grau Holm Ivers Jung Keller Lang Moreau Novak Ortiz Perez Quist "
+    "Ritter Sand Torres Ulrich Vogel Weber Young Zander"
+).split()
+_made = (
+    "blue wooden northern second broken hidden ancient paper winter marble open lower foreign secret "
+    "evening stone hollow double inner public"
+).split()
+_things = (
+    "gate clock tower engine ledger chapel drawer garden letter vault barrel mirror station cabin archive "
+    "harbour bell bridge window cart"
+).split()
 
 
 def _key(rng: random.Random) -> str:
-    return rng.choice((
-        lambda: f"{rng.choice(_first)} {rng.choice(_last)}", lambda: f"the {rng.choice(_made)} {rng.choice(_things)}",
-        lambda: f"{rng.choice(_made)}-{rng.choice(_made)}-{rng.choice(_things)}", lambda: f"{rng.choice(_things)}-{rng.choice(_things)}",
-        lambda: f"{rng.choice('ABCDEFGHKLMNPRSTUVWXYZ')}{rng.choice('ABCDEFGHKLMNPRSTUVWXYZ')}-{rng.randint(100, 999)}"))()
+    return rng.choice(
+        (
+            lambda: f"{rng.choice(_first)} {rng.choice(_last)}",
+            lambda: f"the {rng.choice(_made)} {rng.choice(_things)}",
+            lambda: f"{rng.choice(_made)}-{rng.choice(_made)}-{rng.choice(_things)}",
+            lambda: f"{rng.choice(_things)}-{rng.choice(_things)}",
+            lambda: (
+                f"{rng.choice('ABCDEFGHKLMNPRSTUVWXYZ')}{rng.choice('ABCDEFGHKLMNPRSTUVWXYZ')}-{rng.randint(100, 999)}"
+            ),
+        )
+    )()
 
 
 _values = (
-    lambda rng: str(rng.randint(10 ** 6, 10 ** 7 - 1)), lambda rng: str(rng.randint(10 ** 3, 10 ** 8)),
-    lambda rng: str(uuid.UUID(int=rng.getrandbits(128), version=4)), lambda rng: f"{rng.choice(_made)} {rng.choice(_things)} {rng.randint(2, 99)}",
-    lambda rng: "".join(rng.choice("0123456789abcdef") for _ in range(rng.randint(4, 12))))
+    lambda rng: str(rng.randint(10**6, 10**7 - 1)),
+    lambda rng: str(rng.randint(10**3, 10**8)),
+    lambda rng: str(uuid.UUID(int=rng.getrandbits(128), version=4)),
+    lambda rng: f"{rng.choice(_made)} {rng.choice(_things)} {rng.randint(2, 99)}",
+    lambda rng: "".join(rng.choice("0123456789abcdef") for _ in range(rng.randint(4, 12))),
+)
 
 # %% ../nbs/12b_long_recall.ipynb #10775ce7
 def needles(
@@ -279,10 +397,17 @@ def needles(
     "Sentences as tokens, and (question, answer) as tokens."
     style, value = rng.choice(formats), rng.choice(_values)
     found: dict[str, tuple] = {}
-    while len(found) < n: found.setdefault(_key(rng), ((value if alike else rng.choice(_values))(rng), style if alike else rng.choice(formats)))
+    while len(found) < n:
+        found.setdefault(
+            _key(rng), ((value if alike else rng.choice(_values))(rng), style if alike else rng.choice(formats))
+        )
     pairs = [(k, v, s) for k, (v, s) in found.items()]
     asked = rng.sample(pairs, questions)
-    texts = [*(f" {s[0].format(k=k, v=v)}" for k, v, s in pairs), *(f"\n{s[1].format(k=k)}" for k, _, s in asked), *(f" {v}." for _, v, _ in asked)]
+    texts = [
+        *(f" {s[0].format(k=k, v=v)}" for k, v, s in pairs),
+        *(f"\n{s[1].format(k=k)}" for k, _, s in asked),
+        *(f" {v}." for _, v, _ in asked),
+    ]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return ids[:n], list(zip(ids[n:n + questions], ids[n + questions:]))
 
@@ -296,7 +421,8 @@ def distance_row(
     prose: Prose,
     T: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    "A row whose end needs its beginning: needles in prose (half of the rows), lines of records (a quarter), prose alone: ids and weights (T,)."
+    """A row whose end needs its beginning: needles in prose (half of the rows), lines of records (a quarter), prose
+    alone: ids and weights (T,)."""
     draw = rng.random()
     if draw < .2:
         a = rng.randrange(max(1, len(prose.ids) - T))
@@ -338,7 +464,9 @@ def distance_batch(
     seed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "Rows of `distance_row`: ids and weights (rows, T)."
-    ids, weights = zip(*(distance_row(random.Random(f"{seed} {T} {step} {i}"), tokenizer, prose, T) for i in range(rows)))
+    ids, weights = zip(
+        *(distance_row(random.Random(f"{seed} {T} {step} {i}"), tokenizer, prose, T) for i in range(rows))
+    )
     return torch.from_numpy(np.stack(ids).astype(np.int64)), torch.from_numpy(np.stack(weights).astype(np.float32))
 
 # %% ../nbs/12b_long_recall.ipynb #37b35d60
@@ -350,12 +478,30 @@ def tiny_teacher(
     from tokenizers import ByteLevelBPETokenizer
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([" ".join(local_text())[:400_000]], vocab_size=vocabulary, special_tokens=["<|end|>", "<|user|>", "<|assistant|>"], show_progress=False)
+    bpe.train_from_iterator(
+        [" ".join(local_text())[:400_000]],
+        vocab_size=vocabulary,
+        special_tokens=["<|end|>", "<|user|>", "<|assistant|>"],
+        show_progress=False,
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
-    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
     tokenizer.save_pretrained(folder)
-    config = LlamaConfig(vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-                         head_dim=16, bos_token_id=0, eos_token_id=0, tie_word_embeddings=True)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        bos_token_id=0,
+        eos_token_id=0,
+        tie_word_embeddings=True,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
 
 # %% ../nbs/12b_long_recall.ipynb #b518994b
@@ -381,7 +527,10 @@ def guided(
     "Answers are learned from the text, all other tokens from the teacher, which reads the row in pieces of `span`."
     B, T = ids.shape
     span = min(span, T)
-    with torch.no_grad(): theirs = teacher.model(ids.view(-1, span), use_cache=False).last_hidden_state.view(B, T, -1)[:, :-1].flatten(0, 1)
+    with torch.no_grad():
+        theirs = (
+            teacher.model(ids.view(-1, span), use_cache=False).last_hidden_state.view(B, T, -1)[:, :-1].flatten(0, 1)
+        )
     ours = student.model(ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
     y, w = ids[:, 1:].flatten(), weights[:, 1:].clone()
     answers = (w >= answer_weight).flatten()
@@ -406,7 +555,13 @@ def _machine():
 
 def _teacher(runs: Path, profile):
     from transformers import AutoModelForCausalLM
-    return AutoModelForCausalLM.from_pretrained(runs / "teacher", dtype=torch.float32).to(profile.device).eval().requires_grad_(False)
+
+    return (
+        AutoModelForCausalLM.from_pretrained(runs / "teacher", dtype=torch.float32)
+        .to(profile.device)
+        .eval()
+        .requires_grad_(False)
+    )
 
 # %% ../nbs/12b_long_recall.ipynb #b4723787
 def taught(
@@ -422,7 +577,16 @@ def taught(
         calibrate(model, teacher, batch(10 ** 6)[0][:16].to(profile.device))
         return align(model, teacher, batch, stage.steps, stage.lr, **how)
     model.requires_grad_(True)
-    with compiled(teacher): return train(model, batch, stage.steps, stage.lr, loss=partial(guided, teacher=teacher, span=plan.span), label=stage.name, **how)
+    with compiled(teacher):
+        return train(
+            model,
+            batch,
+            stage.steps,
+            stage.lr,
+            loss=partial(guided, teacher=teacher, span=plan.span),
+            label=stage.name,
+            **how,
+        )
 
 # %% ../nbs/12b_long_recall.ipynb #49886765
 def base(
@@ -432,15 +596,22 @@ def base(
     workers: int = 0,
     tell: Callable = print,
 ) -> dict:
-    "The model before fine-tuning in RUNS/hybrid or RUNS/transformer; returns the record. Stages that are done are passed over."
+    """The model before fine-tuning in RUNS/hybrid or RUNS/transformer; returns the record. Stages that are done are
+    passed over."""
     from transformers import AutoTokenizer
     name, (me, world) = "transformer" if soft else "hybrid", ranks()
     note, profile = runs / f"{name}.json", _machine()
     if note.exists(): return json.loads(note.read_text())
-    tokenizer, teacher, prose = AutoTokenizer.from_pretrained(runs / "teacher"), _teacher(runs, profile), load_prose(runs)
+    tokenizer, teacher, prose = (
+        AutoTokenizer.from_pretrained(runs / "teacher"),
+        _teacher(runs, profile),
+        load_prose(runs),
+    )
     layers = teacher.config.num_hidden_layers
     model = convert(teacher, range(layers) if soft else plan.keep, rope=soft, scale=plan.scale)
-    record: dict = dict(**provenance(plan.seed, keep=list(plan.keep), world=world, step_tokens=plan.step_tokens), stages=[])
+    record: dict = dict(
+        **provenance(plan.seed, keep=list(plan.keep), world=world, step_tokens=plan.step_tokens), stages=[]
+    )
     for stage in plan.soft if soft else plan.base:
         part, then = runs / f"{name}-{stage.name}.pt", time.perf_counter()
         if part.exists():
@@ -449,12 +620,21 @@ def base(
             record["stages"] = saved["stages"]
             continue
         log = taught(model, teacher, stage, plan, tokenizer, prose, workers)
-        record["stages"].append(dict(asdict(stage), wall_s=round(time.perf_counter() - then, 1), log=log[::3] + log[-1:],
-                                     peak_gb=torch.cuda.max_memory_allocated() / 1e9 if profile.device == "cuda" else None))
+        record["stages"].append(
+            dict(
+                asdict(stage),
+                wall_s=round(time.perf_counter() - then, 1),
+                log=log[::3] + log[-1:],
+                peak_gb=torch.cuda.max_memory_allocated() / 1e9 if profile.device == "cuda" else None,
+            )
+        )
         if me == 0:
             torch.save(dict(model=model.state_dict(), stages=record["stages"]), part.with_suffix(".part"))
             part.with_suffix(".part").rename(part)
-            tell(f"{name} {stage.name}: {record['stages'][-1]['wall_s']} s, loss {log[-1]['loss']:.3f}, {log[-1]['tokens_per_s']:,} tokens/s a process")
+            tell(
+                f"{name} {stage.name}: {record['stages'][-1]['wall_s']} s, loss {log[-1]['loss']:.3f}, "
+                f"{log[-1]['tokens_per_s']:,} tokens/s a process"
+            )
     if me == 0:
         model.save_pretrained(runs / f"{name}.part"), tokenizer.save_pretrained(runs / f"{name}.part")
         (runs / f"{name}.part").rename(runs / name)
@@ -478,7 +658,9 @@ def _encoded(job):
     tokenizer, out, source = AutoTokenizer.from_pretrained(folder), [], traces.problems(seed, near)
     while len(out) < n:
         p = next(source)
-        ids, labels = encode_chat(tokenizer, [dict(role="user", content=p.prompt), dict(role="assistant", content=p.completion)])
+        ids, labels = encode_chat(
+            tokenizer, [dict(role="user", content=p.prompt), dict(role="assistant", content=p.completion)]
+        )
         if len(ids) <= most: out.append((np.array(ids, np.int32), np.array(labels, np.int32) >= 0))
     return out
 
@@ -488,7 +670,12 @@ def _haystacks(job):
     folder, c, seed, n = job
     from transformers import AutoTokenizer
     tokenizer, rng = AutoTokenizer.from_pretrained(folder), random.Random(f"{seed} {c.kind} {c.T}")
-    return [asked_row(tokenizer, hay, rng) for hay in prose_test(c.kind, tokenizer, c.T, n, c.questions, seed=seed, room=max(64, 70 * (c.questions - 1) + 64))]
+    return [
+        asked_row(tokenizer, hay, rng)
+        for hay in prose_test(
+            c.kind, tokenizer, c.T, n, c.questions, seed=seed, room=max(64, 70 * (c.questions - 1) + 64)
+        )
+    ]
 
 # %% ../nbs/12b_long_recall.ipynb #56a1d9e4
 def asked_row(
@@ -497,11 +684,19 @@ def asked_row(
     rng: random.Random,  # of the values that do not stand in it
     choices: int = 8,    # values to choose from: those in the haystack, and others of the same kind
 ) -> dict:
-    "Tokens of a haystack with its questions and answers one behind the other, where the answers stand, and the tokens of the choices."
+    """Tokens of a haystack with its questions and answers one behind the other, where the answers stand, and the tokens
+    of the choices."""
     values = [q["answers"][0] for q in hay["questions"]]
     digits = values[0].isdigit()
-    others = [str(rng.randint(10 ** 6, 10 ** 7 - 1)) if digits else str(uuid.UUID(int=rng.getrandbits(128), version=4)) for _ in range(choices - len(values))]
-    texts = [hay["context"], *(f"{q['question']} {q['prefix']}" for q in hay["questions"]), *(f" {v}" for v in values + others)]
+    others = [
+        str(rng.randint(10**6, 10**7 - 1)) if digits else str(uuid.UUID(int=rng.getrandbits(128), version=4))
+        for _ in range(choices - len(values))
+    ]
+    texts = [
+        hay["context"],
+        *(f"{q['question']} {q['prefix']}" for q in hay["questions"]),
+        *(f" {v}" for v in values + others),
+    ]
     context, *rest = tokenizer(texts, add_special_tokens=False)["input_ids"]
     asks, given = rest[:len(values)], rest[len(values):]
     dot = tokenizer(".", add_special_tokens=False)["input_ids"]
@@ -528,9 +723,16 @@ def make_data(
         (runs / "prose.part.npz").rename(runs / "prose.npz")
     few = 8 if processes > 1 else 10 ** 6  # haystacks a job
     cells = sorted(plan.cells, key=lambda c: -c.T)
-    asked = [(folder, c, 1000 * plan.seed + i, min(few, c.haystacks - i * few)) for c in cells for i in range(-(-c.haystacks // few))]
+    asked = [
+        (folder, c, 1000 * plan.seed + i, min(few, c.haystacks - i * few))
+        for c in cells
+        for i in range(-(-c.haystacks // few))
+    ]
     parts = max(1, min(processes, plan.pool // 100))
-    chains = {kind: [(folder, f"{plan.seed} {i}", kind == "near", plan.pool // parts, plan.rows[-1]) for i in range(parts)] for kind in ("near", "far")}
+    chains = {
+        kind: [(folder, f"{plan.seed} {i}", kind == "near", plan.pool // parts, plan.rows[-1]) for i in range(parts)]
+        for kind in ("near", "far")
+    }
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with ProcessPoolExecutor(processes, mp_context=get_context("fork")) if processes > 1 else nullcontext() as pool:
         over = pool.map if pool else map  # the longest first, and all are begun at once
@@ -544,7 +746,12 @@ def make_data(
 # %% ../nbs/12b_long_recall.ipynb #2bb01791
 def _save_pool(path: Path, rows: list):
     ids, known = zip(*rows)
-    np.savez(path.with_suffix(".part.npz"), ids=np.concatenate(ids), known=np.concatenate(known), lengths=np.array([len(x) for x in ids]))
+    np.savez(
+        path.with_suffix(".part.npz"),
+        ids=np.concatenate(ids),
+        known=np.concatenate(known),
+        lengths=np.array([len(x) for x in ids]),
+    )
     path.with_suffix(".part.npz").rename(path)
 
 
@@ -576,7 +783,8 @@ def filled(
     pad: int,
     seed: int = 0,
 ) -> list[tuple[int, list[list[int]]]]:
-    "Batches in their order: length of the rows, and for each row the problems in it; as many as give the plan's tokens with weight, or all."
+    """Batches in their order: length of the rows, and for each row the problems in it; as many as give the plan's
+    tokens with weight, or all."""
     rng = np.random.default_rng([plan.seed, seed])
     order = rng.permutation(len(pool)).tolist()
     if layout == "single":
@@ -627,7 +835,10 @@ def chain_loss(
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     x = inner.model(ids, use_cache=False, **given).last_hidden_state[:, :-1].flatten(0, 1)
     fn, w = _compiled_ce() if ids.is_cuda else _ce, weights[:, 1:].flatten().float()
-    parts = [checkpoint(fn, a, y, inner.lm_head, use_reentrant=False) for a, y in zip(x.split(piece), ids[:, 1:].flatten().split(piece))]
+    parts = [
+        checkpoint(fn, a, y, inner.lm_head, use_reentrant=False)
+        for a, y in zip(x.split(piece), ids[:, 1:].flatten().split(piece))
+    ]
     return (torch.cat(parts) * w).sum() / w.sum()
 
 # %% ../nbs/12b_long_recall.ipynb #cdb2a32d
@@ -651,14 +862,24 @@ def tuned(
         prose, T = load_prose(runs), plan.rows[1]
         steps, rows = -(-plan.weighted // plan.tune_tokens), max(1, plan.tune_tokens // T)
         starts = np.random.default_rng([plan.seed, tune.seed]).integers(0, len(prose.ids) - T, (steps, rows))
-        def batch(step): return torch.from_numpy(np.stack([prose.ids[a:a + T] for a in starts[step]]).astype(np.int64)), torch.ones(rows, T)
+
+        def batch(step):
+            return torch.from_numpy(
+                np.stack([prose.ids[a : a + T] for a in starts[step]]).astype(np.int64)
+            ), torch.ones(rows, T)
     else:
-        pool, pad = load_pool(runs / f"{tune.chains}.npz"), tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        pool, pad = (
+            load_pool(runs / f"{tune.chains}.npz"),
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )
         batches = filled(pool, tune.layout, plan, pad, tune.seed)
         steps, batch = len(batches), partial(chain_batch, batches=batches, pool=pool, pad=pad)
     if tune.rank:
         from peft import LoraConfig, get_peft_model
-        model = get_peft_model(model, LoraConfig(r=tune.rank, lora_alpha=2 * tune.rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+        model = get_peft_model(
+            model, LoraConfig(r=tune.rank, lora_alpha=2 * tune.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        )
     log = train(model, batch, steps, tune.lr, warmup=max(1, steps // 20), dtype=profile.dtype, workers=workers,
                 loss=partial(chain_loss, borders=tune.layout == "borders"), label=tune.name)
     if tune.rank: model = model.merge_and_unload()
@@ -669,7 +890,8 @@ def tuned(
 
 # %% ../nbs/12b_long_recall.ipynb #29a612dc
 def looked_up(
-    choice_logits: np.ndarray,  # (L, C) logit of each choice's token at each token of the answer; -inf where a choice has ended
+    choice_logits: np.ndarray,  # (L, C) logit of each choice's token at each token of the answer; -inf where a choice
+                                # has ended
     choices: np.ndarray,        # (L, C) their tokens, -1 behind their end
     truth: int = 0,             # which of them is right
 ) -> bool:
@@ -697,7 +919,8 @@ def scored(
         part = rows[at:at + size]
         T = max(len(r["ids"]) for r in part)
         T += -T % 64
-        x = torch.tensor([r["ids"] + [0] * (T - len(r["ids"])) for r in part], device=model.device)  # nothing looks at what comes after it
+        # nothing looks at what comes after it
+        x = torch.tensor([r["ids"] + [0] * (T - len(r["ids"])) for r in part], device=model.device)
         state = model.base_model(x, use_cache=False).last_hidden_state
         for b, r in enumerate(part):
             tokens, found = [], []
@@ -717,7 +940,9 @@ def scored(
 # %% ../nbs/12b_long_recall.ipynb #cb22e93b
 def solved(model, tokenizer, problems: list, room: int) -> dict:
     "How many held-out problems a model's own chain solves, by kind."
-    text = lambda p: tokenizer.apply_chat_template([dict(role="user", content=p.prompt)], add_generation_prompt=True, tokenize=False)
+    text = lambda p: tokenizer.apply_chat_template(
+        [dict(role="user", content=p.prompt)], add_generation_prompt=True, tokenize=False
+    )
     prompts = tokenizer([text(p) for p in problems], add_special_tokens=False)["input_ids"]
     said = greedy(model, prompts, room, text_ends(model, tokenizer), tokenizer.pad_token_id or 0)
     out: dict = {}
@@ -757,7 +982,14 @@ class _Asker:
         self.rows = torch.load(runs / "questions.pt", weights_only=False)
         model = AutoModelForCausalLM.from_pretrained(runs / tune.base, dtype=torch.float32)
         self.config, self.pre = model.config, {k: v.clone() for k, v in model.state_dict().items()}
-        self.model = model.to(self.profile.device, torch.float32 if self.profile.device == "cpu" else getattr(torch, self.profile.dtype)).eval().requires_grad_(False)
+        self.model = (
+            model.to(
+                self.profile.device,
+                torch.float32 if self.profile.device == "cpu" else getattr(torch, self.profile.dtype),
+            )
+            .eval()
+            .requires_grad_(False)
+        )
         if self.profile.name == "gpu": compile_layers(self.model)
         self.problems = held_out(self.tokenizer, tune.chains != "far", plan.problems, plan.room, plan.seed)
 
@@ -798,9 +1030,22 @@ def evaluated(
         if name in scores: continue
         main = tune.full and (name in decisive or name == "pre")
         cells = [c for c in plan.cells if main or c.primary]
-        scores[name] = asker(asker.pre if post is None else variant(name, asker.pre, post, asker.config, tune.seed), cells)
-        record = dict(**provenance(tune.seed, tune=asdict(tune), cells=[asdict(c) for c in plan.cells], weighted=plan.weighted, tune_tokens=plan.tune_tokens),
-                      wall_s=round(time.perf_counter() - then, 1), trained_s=trained_s, log=log[::4] + log[-1:], scores=scores)
+        scores[name] = asker(
+            asker.pre if post is None else variant(name, asker.pre, post, asker.config, tune.seed), cells
+        )
+        record = dict(
+            **provenance(
+                tune.seed,
+                tune=asdict(tune),
+                cells=[asdict(c) for c in plan.cells],
+                weighted=plan.weighted,
+                tune_tokens=plan.tune_tokens,
+            ),
+            wall_s=round(time.perf_counter() - then, 1),
+            trained_s=trained_s,
+            log=log[::4] + log[-1:],
+            scores=scores,
+        )
         if i < len(names) - 1: record["unfinished"] = f"{i + 1} of {len(names)} variants"
         write_whole(path, [(json.dumps(record) + "\n").encode()])
         tell(f"{tune.name}-seed{tune.seed} {name} {time.perf_counter() - then:.0f} s: " + said(scores[name]))
@@ -809,6 +1054,11 @@ def evaluated(
 
 def said(scores: dict) -> str:
     "One line: look-up by kind and length, and chains."
-    parts = [f"{kind} " + " ".join(f"{T}:{100 * c['lookup'] / c['n']:.0f}/{100 * c['exact'] / c['n']:.0f}" for T, c in cells.items()) for kind, cells in scores.items() if kind != "chains"]
+    parts = [
+        f"{kind} "
+        + " ".join(f"{T}:{100 * c['lookup'] / c['n']:.0f}/{100 * c['exact'] / c['n']:.0f}" for T, c in cells.items())
+        for kind, cells in scores.items()
+        if kind != "chains"
+    ]
     chains = scores["chains"].values()
     return "; ".join([*parts, f"chains {sum(c['right'] for c in chains)}/{sum(c['n'] for c in chains)}"])

@@ -12,8 +12,8 @@ import shutil
 import sys
 import time
 import warnings
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -232,7 +232,8 @@ def _check_positions(model, T: int):
 # %% ../nbs/07c_monitor.ipynb #73b01f7b
 class RecallMonitor(TrainerCallback):
     """Measures recall, the drift of W_Q and W_K and, if wanted, the reach of gradients every few steps of a training;
-    warns, or stops it, when recall falls. A callback for Trainer and its children; `start` and `look` for other loops."""
+    warns, or stops it, when recall falls. A callback for Trainer and its children; `start` and `look` for other
+    loops."""
 
     def __init__(
         self,
@@ -392,6 +393,7 @@ class RecallMonitor(TrainerCallback):
         """Recall with the line below which it has fallen, the loss on the answers, and the drift of Q and K, each
         against steps; returns the three axes."""
         import matplotlib.pyplot as plt
+
         from qkrestore_nb.core import colors
 
         axes = plt.subplots(1, 3, figsize=(10, 3))[1] if axes is None else axes

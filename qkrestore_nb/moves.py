@@ -13,20 +13,8 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from .checkpoints import CheckpointError, bits, hub_name, local_folder, read_config, read_index, watch
-from qkrestore_nb.families import (
-    QK,
-    Choice,
-    Selection,
-    chosen_layers,
-    disagreement,
-    family_of,
-    known_family,
-    moves_by_hand,
-    planned_moves,
-    rows_by_hand,
-    stretches,
-    unwrapped,
-)
+from .families import QK, Choice, Selection, chosen_layers, disagreement, family_of, known_family
+from .families import moves_by_hand, planned_moves, rows_by_hand, stretches, unwrapped
 
 # %% ../nbs/08b_moves.ipynb #710831c8
 @dataclass(frozen=True)
@@ -63,7 +51,8 @@ class Side:
     folder: Path | None = None
     model: Any = None  # what was given, of a model or a state dict
     quantized: str = ""  # the method that its config names
-    unchanged: Callable[[], None] = field(default=lambda: None, repr=False)  # raises CheckpointError if files changed since
+    unchanged: Callable[[], None] = field(default=lambda: None, repr=False)  # raises CheckpointError if files changed
+                                                                             # since
 
     def about(self, name: str) -> tuple[list[int], str]:
         "Shape and dtype of a tensor."

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .diagnostics import bin_edges, finite_gradient, layer_filter, loss_factor, passes, query_blocks, rows_of
+from .diagnostics import bin_edges, finite_gradient, layer_filter, loss_factor, passes, query_blocks
+from .diagnostics import rows_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +42,8 @@ def _by_bin(
     "The parts of dL/dq, dL/dk, dL/dv and o that come from pairs in one bin of distances, shaped like q, k, v, o."
     (N, G, T, _), t = q.shape, torch.arange(q.shape[2], device=q.device)
     dq, o, dk, dv = torch.zeros_like(q), torch.zeros_like(do), torch.zeros_like(k), torch.zeros_like(v)
-    most = 1024 if q.device.type == "cuda" else 256  # a kernel costs a GPU as much to start as to run, when the bin is narrow
+    # a kernel costs a GPU as much to start as to run, when the bin is narrow
+    most = 1024 if q.device.type == "cuda" else 256
     block = query_blocks(max(1, min(T, far - near + most)), N * G, q.device, most).step
     for first in range(near, T, block):
         n = min(block, T - first)

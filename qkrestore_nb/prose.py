@@ -20,7 +20,8 @@ def sentence(
     return f"One of the special magic {value} for {key} is: {answer}."
 
 # %% ../nbs/04a_prose.ipynb #3c7c22e5
-kinds: dict[str, dict] = dict(  # lm-eval calls them niah_<name>: what the haystack is made of, what keys and values are, and how many
+kinds: dict[str, dict] = dict(  # lm-eval calls them niah_<name>: what the haystack is made of, what keys and values
+                                # are, and how many
     single_1=dict(haystack="repeat", key="words", value="numbers"),
     single_2=dict(haystack="essay", key="words", value="numbers"),
     single_3=dict(haystack="essay", key="words", value="uuids"),
@@ -34,11 +35,18 @@ noise = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 depths = [round(100 * i / 39) for i in range(40)]  # where needles may stand in an essay, in percent
 
 # %% ../nbs/04a_prose.ipynb #056e9116
-_adjectives = ("amber bold brisk calm clever crisp dusty eager early faint fancy gentle giant golden happy hollow humble icy jolly keen late lively lucky mellow "
-               "misty narrow noble patient plain proud quick quiet rapid rusty silent silver steady sunny tidy vivid").split()
-_nouns = ("anchor apple arrow badger basket beacon bridge bucket button candle canyon castle cedar circle cloud copper desert engine falcon feather forest garden "
-          "harbor helmet island jacket kettle ladder lantern magnet meadow mirror needle orchard paddle parcel pebble pencil pillow pocket rabbit ribbon river "
-          "saddle shadow signal spoon summit ticket timber trumpet tunnel valley violin").split()
+_adjectives = (
+    "amber bold brisk calm clever crisp dusty eager early faint fancy gentle giant golden happy hollow humble icy "
+    "jolly keen late lively lucky mellow "
+    "misty narrow noble patient plain proud quick quiet rapid rusty silent silver steady sunny tidy vivid"
+).split()
+_nouns = (
+    "anchor apple arrow badger basket beacon bridge bucket button candle canyon castle cedar circle cloud copper "
+    "desert engine falcon feather forest garden "
+    "harbor helmet island jacket kettle ladder lantern magnet meadow mirror needle orchard paddle parcel pebble "
+    "pencil pillow pocket rabbit ribbon river "
+    "saddle shadow signal spoon summit ticket timber trumpet tunnel valley violin"
+).split()
 
 
 @lru_cache
@@ -75,7 +83,8 @@ def _new_key(rng, spec, words, found):
 
 def _in_essay(rng, words, size, needles, split):
     "Needles between the sentences of an essay of `size` words."
-    text = words[:size] if size <= len(words) else [words[i % len(words)] for i in range(size)]  # a text that is too short begins again
+    # a text that is too short begins again
+    text = words[:size] if size <= len(words) else [words[i % len(words)] for i in range(size)]
     whole = split(" ".join(text).strip())
     cuts = [0, *sorted(int(len(whole) * (d / 100)) for d in rng.sample(depths, len(needles))), len(whole)]
     parts = []
@@ -86,7 +95,8 @@ def _in_essay(rng, words, size, needles, split):
 
 def _in_lines(rng, lines, needles):
     "Needles between lines."
-    for where, needle in zip(sorted(rng.sample(range(len(lines)), len(needles)), reverse=True), needles): lines.insert(where, needle)
+    for where, needle in zip(sorted(rng.sample(range(len(lines)), len(needles)), reverse=True), needles):
+        lines.insert(where, needle)
     return "\n".join(lines)
 
 # %% ../nbs/04a_prose.ipynb #5c2098ae
@@ -94,8 +104,12 @@ def _ask(spec, keys, answers):
     "Question, beginning of the answer, and the answers themselves."
     names, one = ", ".join(keys[:-1]) + ", and " + keys[-1] if len(keys) > 1 else keys[0], len(answers) == 1
     what = spec["value"][:-1] if one else spec["value"]
-    return dict(question=f"\nWhat {'is' if one else 'are all'} the special magic {what} for {names} mentioned in the provided text?",
-                prefix=f"The special magic {what} for {names} mentioned in the provided text {'is' if one else 'are'}", answers=answers)
+    return dict(
+        question=f"\nWhat {'is' if one else 'are all'} the special magic {what} for {names} "
+        "mentioned in the provided text?",
+        prefix=f"The special magic {what} for {names} mentioned in the provided text {'is' if one else 'are'}",
+        answers=answers,
+    )
 
 
 def haystack(
@@ -107,12 +121,15 @@ def haystack(
     words=None,          # keys to draw from; None: `local_keys`
     split=sentences,     # text -> list of sentences
 ) -> dict:
-    "One text with its needles: context (with the task before it) and questions (question, prefix, answers). ValueError for an unknown kind, too small a size or too many questions."
-    if kind not in kinds: raise ValueError(f"no needle test in prose is called {kind!r}: choose from {', '.join(kinds)}")
+    """One text with its needles: context (with the task before it) and questions (question, prefix, answers).
+    ValueError for an unknown kind, too small a size or too many questions."""
+    if kind not in kinds:
+        raise ValueError(f"no needle test in prose is called {kind!r}: choose from {', '.join(kinds)}")
     spec = kinds[kind]
     n_keys, n_values, n_queries = (spec.get(x, 1) for x in ("keys", "values", "queries"))
     words = words or local_keys()
-    if spec["key"] == "words" and len(words) < n_keys + size * (spec["haystack"] == "needle"): raise ValueError(f"{kind} of {size} lines needs as many keys, and there are {len(words)}: give more words")
+    if spec["key"] == "words" and len(words) < n_keys + size * (spec["haystack"] == "needle"):
+        raise ValueError(f"{kind} of {size} lines needs as many keys, and there are {len(words)}: give more words")
     found: dict[str, list[str]] = {}  # key -> values
     for _ in range(n_keys):
         key = _new_key(rng, spec, words, found)
@@ -124,18 +141,25 @@ def haystack(
     for _ in range(size if spec["haystack"] == "needle" else 0):
         key = _new_key(rng, spec, words, every)
         every[key] = [_draw(rng, spec["value"], words)]
-    if spec["haystack"] == "essay": body = _in_essay(rng, text or local_text(), size, needles, split)
-    else: body = _in_lines(rng, [sentence(spec["value"], k, v[0]) for k, v in list(every.items())[n_keys:]] or [noise] * size, needles)
+    if spec["haystack"] == "essay":
+        body = _in_essay(rng, text or local_text(), size, needles, split)
+    else:
+        body = _in_lines(
+            rng, [sentence(spec["value"], k, v[0]) for k, v in list(every.items())[n_keys:]] or [noise] * size, needles
+        )
     asked = [[list(found)[i] for i in rng.sample(range(n_keys), n_queries)]]
     if questions > 1:  # beyond RULER: other needles of the same text
         spare = [k for k in every if k not in asked[0]]
-        if questions - 1 > len(spare): raise ValueError(f"{kind} has {len(spare) + 1} questions to ask at this size, not {questions}")
+        if questions - 1 > len(spare):
+            raise ValueError(f"{kind} has {len(spare) + 1} questions to ask at this size, not {questions}")
         asked += [[k] for k in rng.sample(spare, questions - 1)]
     asks = [_ask(spec, keys, [v for k in keys for v in every[k]]) for keys in asked]
     few = n_queries * n_values == 1
     what = spec["value"][:-1] if few else spec["value"]
-    opening = (f"{'A' if few else 'Some'} special magic {what} {'is' if few else 'are'} hidden within the following text. "
-               f"Make sure to memorize it. I will quiz you about the {what} afterwards.\n")
+    opening = (
+        f"{'A' if few else 'Some'} special magic {what} {'is' if few else 'are'} hidden within the following text. "
+        f"Make sure to memorize it. I will quiz you about the {what} afterwards.\n"
+    )
     return dict(kind=kind, context=opening + body, questions=asks)
 
 # %% ../nbs/04a_prose.ipynb #21c49512
@@ -162,7 +186,10 @@ def check_tokenizer(
     needle = sentence("uuids", "early-quiet-lantern", "4628193 0f3b9c1e-77aa-4d2b-8c5e-9d1f2a3b4c5d")
     said = tokenizer.decode(tokenizer(needle, add_special_tokens=False)["input_ids"], skip_special_tokens=True)
     if "".join(said.split()) != "".join(needle.split()):
-        raise ValueError(f"the tokenizer reads a needle back as {said[:40]!r}: it cannot spell it; use the tokenizer that the checkpoint was trained with")
+        raise ValueError(
+            f"the tokenizer reads a needle back as {said[:40]!r}: it cannot spell it; use the tokenizer that the "
+            "checkpoint was trained with"
+        )
 
 
 def prose_test(
@@ -175,7 +202,8 @@ def prose_test(
     room: int = 128,     # tokens kept for the answer, as in lm-eval
     **source,            # text, words, split as in `haystack`
 ) -> list[dict]:
-    "n haystacks that fill T tokens, each with tokens and, for each question, the depth of its first needle (0 begin, 1 end). ValueError where they do not fit."
+    """n haystacks that fill T tokens, each with tokens and, for each question, the depth of its first needle (0 begin,
+    1 end). ValueError where they do not fit."""
     check_tokenizer(tokenizer)
     def make(size, i): return haystack(kind, size, random.Random(f"{seed} {kind} {T} {i}"), questions, **source)
     if kind not in kinds: make(0, 0)  # says which there are
@@ -184,7 +212,9 @@ def prose_test(
     unit = (b - a) / small
     size = small + int((T - room - a) / unit)
     least = kinds[kind].get("keys", 1) * kinds[kind].get("values", 1)
-    too_small = f"{kind} with {questions} questions does not fit into {T} tokens ({room} of them for the answer): ask for more"
+    too_small = (
+        f"{kind} with {questions} questions does not fit into {T} tokens ({room} of them for the answer): ask for more"
+    )
     if size < least: raise ValueError(too_small)
     size = max(least, size + int((T - room - count_tokens(tokenizer, make(size, -2))) / unit))
     out = []

@@ -13,7 +13,8 @@ from .recall import digits, essay, keys, letters, token_id, vocabulary
 
 # %% ../nbs/05_reasoning.ipynb #b6b38ebc
 _rng, _x = np.random.default_rng(1), np.arange(10)
-tables = np.stack([(_x[:, None] + _x) % 10, (_x[:, None] - _x) % 10, *_rng.integers(0, 10, (2, 10, 10))])  # +, -, and two to learn by heart
+# +, -, and two to learn by heart
+tables = np.stack([(_x[:, None] + _x) % 10, (_x[:, None] - _x) % 10, *_rng.integers(0, 10, (2, 10, 10))])
 
 
 def machine(rng: np.random.Generator, n: int, rules: int, near: bool) -> tuple[str, list[str], str]:
@@ -36,8 +37,11 @@ def arithmetic(rng: np.random.Generator, n: int, rules: int, near: bool) -> tupl
     return question, steps, str(x)
 
 # %% ../nbs/05_reasoning.ipynb #e475a89f
-def fact(rng: np.random.Generator, n: int, rules: int, near: bool, with_letters: bool = False) -> tuple[str, list[str], str]:
-    "D, H: a fact shaped like a needle, rewritten step by step under a new key each time. D looks its digits up under a clue, H shifts letters."
+def fact(
+    rng: np.random.Generator, n: int, rules: int, near: bool, with_letters: bool = False
+) -> tuple[str, list[str], str]:
+    """D, H: a fact shaped like a needle, rewritten step by step under a new key each time. D looks its digits up under
+    a clue, H shifts letters."""
     rule, clue = (0, int(rng.integers(1, 4))) if with_letters else (int(rng.integers(rules)), int(rng.integers(10)))
     value, steps = rng.integers(0, 32 if with_letters else 10, 5), []
     say = lambda: " ".join(vocabulary[i] for i in (letters if with_letters else digits)[value])
@@ -56,12 +60,14 @@ def problem(
     rng: np.random.Generator,
     task: str,             # M, A, D or H
     n: int,                # steps, 1 to 8
-    chain: str = "near",   # "near": each step restates rule and clue; "far": it looks back to the question for them; "none": the answer without steps
+    chain: str = "near",  # "near": each step restates rule and clue; "far": it looks back to the question for them;
+                          # "none": the answer without steps
     rules: int = 4,        # how many of the rules may be drawn; the first two are plus and minus
     wordy: bool = False,   # 4 to 12 words of essay before each step, as a chain in prose would have them
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One problem with its worked solution: ids (n,), and which of them belong to the response and can be known (n,) bool; the keys
-    of new facts are random. Raises ValueError for an unknown task or chain, or a number of steps outside 1 to 8."""
+    """One problem with its worked solution: ids (n,), and which of them belong to the response and can be known (n,)
+    bool; the keys of new facts are random. Raises ValueError for an unknown task or chain, or a number of steps outside
+    1 to 8."""
     if task not in tasks: raise ValueError(f"no task is called {task!r}: choose from {', '.join(tasks)}")
     if chain not in ("near", "far", "none"): raise ValueError(f"no chain is called {chain!r}: choose near, far or none")
     if not 1 <= n <= 8: raise ValueError(f"a chain has 1 to 8 steps, not {n}")
@@ -84,7 +90,8 @@ def pack(
     T: int,               # tokens a row
     packed: bool = False,  # as many problems as fit, one after another; False: one a row
 ) -> tuple[np.ndarray, np.ndarray]:
-    "Rows of problems, filled up with PAD: ids (B, T) and known (B, T). Raises ValueError for a problem longer than a row."
+    """Rows of problems, filled up with PAD: ids (B, T) and known (B, T). Raises ValueError for a problem longer than a
+    row."""
     ids = np.full((B, T), token_id["PAD"])
     known: np.ndarray = np.zeros((B, T), bool)
     problems = iter(problems)

@@ -34,7 +34,8 @@ def encode(
     text: str,  # words of the vocabulary between spaces
 ) -> list[int]:
     "Words to ids. Raises ValueError for a word outside the vocabulary."
-    if unknown := set(text.split()) - token_id.keys(): raise ValueError(f"not in the vocabulary: {' '.join(sorted(unknown))}")
+    if unknown := set(text.split()) - token_id.keys():
+        raise ValueError(f"not in the vocabulary: {' '.join(sorted(unknown))}")
     return [token_id[word] for word in text.split()]
 
 
@@ -57,16 +58,22 @@ digits, letters, keys, words = ids_of("0", 10), ids_of("a", 32), ids_of("k0", 12
 
 # %% ../nbs/04_recall.ipynb #5e5e19a2
 def tokenizer() -> "PreTrainedTokenizerFast":
-    "The vocabulary as a tokenizer of transformers: words between spaces, so that every checkpoint folder can be read aloud."
+    """The vocabulary as a tokenizer of transformers: words between spaces, so that every checkpoint folder can be read
+    aloud."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     t = Tokenizer(models.WordLevel(token_id, unk_token="PAD"))
     t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=t, pad_token="PAD", bos_token="BOS", clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=t, pad_token="PAD", bos_token="BOS", clean_up_tokenization_spaces=False
+    )
 
 # %% ../nbs/04_recall.ipynb #04e147b0
-_noise = np.array(encode("The grass is green . The sky is blue . The sun is yellow . Here we go . There and back again ."))
-_successors = np.random.default_rng(0).integers(0, 256, (256, 8))  # the essay's grammar: eight words may follow each word
+_noise = np.array(
+    encode("The grass is green . The sky is blue . The sun is yellow . Here we go . There and back again .")
+)
+# the essay's grammar: eight words may follow each word
+_successors = np.random.default_rng(0).integers(0, 256, (256, 8))
 
 
 def noise(
@@ -125,22 +132,27 @@ def needle_rows(
     grid: bool = True,      # keys from a 4 x 4 grid (hard to tell apart), or random
     candidates: int = 16,   # values that look-up chooses from: those of the haystack, and random ones up to this number
 ) -> dict:
-    """BOS, a haystack with needles, then questions. ids (B, T), ask (B, questions, L) the places of the answers' tokens, distance
-    (B, questions) from answer to needle in tokens, body (B, T) True on needles and questions, candidates (B, C, L).
-    Raises ValueError where they do not fit."""
+    """BOS, a haystack with needles, then questions. ids (B, T), ask (B, questions, L) the places of the answers'
+    tokens, distance (B, questions) from answer to needle in tokens, body (B, T) True on needles and questions,
+    candidates (B, C, L). Raises ValueError where they do not fit."""
     (B, T), (alphabet, length) = haystack.shape, dict(digits=(digits, 5), letters=(letters, 16))[value]
     L, room = length + 5, T - 1 - (needles + questions) * (length + 5)
     if room < 0: raise ValueError(f"{needles} needles and {questions} questions of {L} tokens do not fit into {T}")
-    if questions > needles: raise ValueError(f"{questions} questions about {needles} needles: ask each needle once at most")
+    if questions > needles:
+        raise ValueError(f"{questions} questions about {needles} needles: ask each needle once at most")
     key, val = draw_keys(rng, B, needles, grid), rng.choice(alphabet, (B, needles, length))
     asked = np.argsort(rng.random((B, needles)), 1)[:, :questions]
     take = lambda x: np.take_along_axis(x, asked.reshape(B, questions, *[1] * (x.ndim - 2)), 1)
     start = 1 + np.sort(rng.integers(0, room + 1, (B, needles)), 1) + L * np.arange(needles)
     start = np.concatenate([start, np.broadcast_to(T - L * np.arange(questions, 0, -1), (B, questions))], 1)
-    where = start[..., None] + np.arange(L)                                                   # (B, needles + questions, L)
+    # (B, needles + questions, L)
+    where = start[..., None] + np.arange(L)
     ids, body, row = haystack.copy(), np.zeros((B, T), bool), np.arange(B)[:, None, None]
     ids[:, 0] = token_id["BOS"]
-    ids[row, where], body[row, where] = np.concatenate([items("N", key, val), items("QM", take(key), take(val))], 1), True
+    ids[row, where], body[row, where] = (
+        np.concatenate([items("N", key, val), items("QM", take(key), take(val))], 1),
+        True,
+    )
     others = rng.choice(alphabet, (B, max(0, candidates - needles), length))
     return dict(ids=ids, ask=where[:, needles:, 4:4 + length], distance=start[:, needles:] - take(start[:, :needles]),
                 body=body, candidates=np.concatenate([val, others], 1))
@@ -155,7 +167,7 @@ tests: dict[str, dict] = dict(  # the haystack, and how many needles a row of T 
 
 
 def recall_test(
-    kind: str,           # S1, S2, S3 (RULER's niah_single_1 to 3), MK (eight similar keys) or MF (a haystack full of needles)
+    kind: str,  # S1, S2, S3 (RULER's niah_single_1 to 3), MK (eight similar keys) or MF (a haystack full of needles)
     B: int,              # haystacks
     T: int,              # tokens a haystack, its questions included
     questions: int = 1,  # questions that share a haystack; at most its needles

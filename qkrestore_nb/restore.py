@@ -11,17 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from .adapters import is_adapter, restore_adapter
-from qkrestore_nb.checkpoints import (
-    CheckpointError,
-    check_out,
-    hub_name,
-    is_hub_id,
-    local_folder,
-    new_folder,
-    overwrite,
-    pieces,
-    sha256,
-)
+from .checkpoints import CheckpointError, check_out, hub_name, is_hub_id, local_folder, new_folder
+from .checkpoints import overwrite, pieces, sha256
 from .families import QK, Selection
 from .in_place import check_in_place, journaled, write_result
 from .moves import Mixer, Move, Side, decode, kind_of, located, open_both, plan_sides, warning_of

@@ -25,8 +25,10 @@ if TYPE_CHECKING: from transformers import PreTrainedConfig, PreTrainedModel
 def _unread(checkpoint, e: Exception, what: str) -> CheckpointError:
     "The sentence for what transformers will not read."
     if "trust_remote_code" in str(e):
-        return CheckpointError(f"{checkpoint} brings model code of its own: trust_remote_code=True (--trust-remote-code) runs it, "
-                               "so pass it only if you trust its author")
+        return CheckpointError(
+            f"{checkpoint} brings model code of its own: trust_remote_code=True (--trust-remote-code) runs it, "
+            "so pass it only if you trust its author"
+        )
     first, *more = str(e).strip().splitlines() or [type(e).__name__]
     said = " ".join((more[0] if more and first.endswith(":") else first).split())
     return CheckpointError(f"{checkpoint} {what}: {printable(said, 100)}")
@@ -35,12 +37,14 @@ def _unread(checkpoint, e: Exception, what: str) -> CheckpointError:
 def config_of(checkpoint, trust_remote_code: bool = False) -> "PreTrainedConfig":
     "The config of a model, a folder, a hub id; a config is handed through."
     from transformers import AutoConfig, PreTrainedConfig
+
     from qkrestore_nb import hypenet  # registers the family
     if isinstance(checkpoint, PreTrainedConfig): return checkpoint
     if hasattr(checkpoint, "config"): return checkpoint.config
     if Path(checkpoint).is_dir(): read_config(Path(checkpoint))  # says what is wrong with the folder
     try: return AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
-    except Exception as e: raise _unread(checkpoint, e, "is no checkpoint that transformers can read") from e  # a config's own code may raise anything
+    # a config's own code may raise anything
+    except Exception as e: raise _unread(checkpoint, e, "is no checkpoint that transformers can read") from e
 
 
 def opened(
@@ -49,7 +53,8 @@ def opened(
     trust_remote_code: bool = False,
     **how,       # other arguments of from_pretrained
 ) -> Any:
-    "What transformers makes of a checkpoint. Raises CheckpointError, with the first line of what it says, where it makes nothing."
+    """What transformers makes of a checkpoint. Raises CheckpointError, with the first line of what it says, where it
+    makes nothing."""
     try: return kind.from_pretrained(checkpoint, trust_remote_code=trust_remote_code, **how)
     except Exception as e: raise _unread(checkpoint, e, "cannot be loaded") from e
 
@@ -58,11 +63,15 @@ def built(config) -> "PreTrainedModel":
     "The model of a config, without numbers in its weights. Raises CheckpointError where transformers cannot build it."
     import torch
     from transformers import AutoModelForCausalLM
-    trusted = config._auto_class is not None  # its class came with a checkpoint, and whoever loaded it has let that code run
+    # its class came with a checkpoint, and whoever loaded it has let that code run
+    trusted = config._auto_class is not None
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=trusted).eval()
-    except Exception as e: raise _unread(config.name_or_path or config.model_type, e, "is no causal language model that transformers can build") from e
+    except Exception as e:
+        raise _unread(
+            config.name_or_path or config.model_type, e, "is no causal language model that transformers can build"
+        ) from e
 
 
 def _tensors(x) -> Iterator:
@@ -74,7 +83,8 @@ def _tensors(x) -> Iterator:
 
 
 def _kept(out, model, by_config: list[tuple[int, int | None]]) -> tuple[list[tuple[int, int | None]], int]:
-    "What a model has kept of a text that it has read: (bytes a token, tokens at most) of keys and values, and bytes of states."
+    """What a model has kept of a text that it has read: (bytes a token, tokens at most) of keys and values, and bytes
+    of states."""
     import torch
     cache, kv, states = getattr(out, "cache", None) or getattr(out, "past_key_values", None), [], 0
     if cache is None:  # RecurrentGemma keeps its states in its modules, and hands out no keys and values
@@ -91,7 +101,8 @@ def _kept(out, model, by_config: list[tuple[int, int | None]]) -> tuple[list[tup
 
 
 def _read(model, tokens: int = 64) -> tuple:
-    "What comes out of a forward without numbers, and how many weights a token is multiplied with: not those of the head, nor of experts that are not chosen."
+    """What comes out of a forward without numbers, and how many weights a token is multiplied with: not those of the
+    head, nor of experts that are not chosen."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
     grouped = {torch.ops.aten._grouped_mm: lambda a, b, *_, **how: 2 * a[0] * a[1] * b[-1]}  # experts, all at once
@@ -119,7 +130,8 @@ def _counts(config) -> tuple[int, int, list[tuple[int, int | None]], int]:
         try:
             out, active = _read(model)
             kept = _kept(out, model, by_config)
-        except Exception as e: logging.getLogger(__name__).info("counted by the config: %r", e)  # code that wants numbers, or keeps them elsewhere
+        # code that wants numbers, or keeps them elsewhere
+        except Exception as e: logging.getLogger(__name__).info("counted by the config: %r", e)
         _counted[key] = total, active, *kept
     return _counted[key]
 
@@ -128,7 +140,12 @@ def _kept_by_config(c: dict, layers: list[str]) -> list[tuple[int, int | None]]:
     "Keys and values of each layer, as its fields say."
     H = c["num_attention_heads"]
     n_kv, D = c.get("num_key_value_heads") or H, c.get("head_dim") or c["hidden_size"] // H
-    window = c.get("sliding_window") or c.get("attention_window_size") or (c.get("efficient_attention_config") or {}).get("swa", {}).get("window_size")  # Jet-Nemotron keeps it there
+    # Jet-Nemotron keeps it there
+    window = (
+        c.get("sliding_window")
+        or c.get("attention_window_size")
+        or (c.get("efficient_attention_config") or {}).get("swa", {}).get("window_size")
+    )
     return [(4 * n_kv * D, window if kind == "swa" else None) for kind in layers if kind in ("softmax", "swa")]
 
 # %% ../nbs/13_hypenet_at_scale.ipynb #k3pt0003
@@ -138,14 +155,18 @@ def needs(
     chunk: int = 16384,     # tokens read at a time
     trust_remote_code: bool = False,  # run the code that lies beside the weights, where a model brings its own
 ) -> dict:
-    """What reading T tokens takes in bfloat16, from the config alone: parameters, those that a token passes, GB of disk, of weights,
-    keys and values, states and work, their total, and the FLOPs of one reading. Raises CheckpointError for a config that cannot be
-    read, or whose layers are of kinds not known."""
+    """What reading T tokens takes in bfloat16, from the config alone: parameters, those that a token passes, GB of
+    disk, of weights, keys and values, states and work, their total, and the FLOPs of one reading. Raises
+    CheckpointError for a config that cannot be read, or whose layers are of kinds not known."""
     config = config_of(checkpoint, trust_remote_code)
     c = text_config(config.to_dict())
-    try: layers = layer_kinds(config.to_dict())
+    try:
+        layers = layer_kinds(config.to_dict())
     except (ValueError, TypeError) as e:  # without what is about restoring by hand
-        raise CheckpointError(f"{config.name_or_path or config.model_type} cannot be counted without the kinds of its layers: {str(e).split(': ')[0]}") from e
+        raise CheckpointError(
+            f"{config.name_or_path or config.model_type} cannot be counted without the kinds of its layers: "
+            f"{str(e).split(': ')[0]}"
+        ) from e
     total, active, kept, states = _counts(config)
     H, d = c["num_attention_heads"], c["hidden_size"]
     D = c.get("head_dim") or d // H
@@ -161,9 +182,16 @@ def room_gb(
 ) -> float:
     "GB that are free."
     import torch
-    if device.startswith("cuda"): return (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()) / 1e9  # with what PyTorch keeps for later
-    try: return next(int(line.split()[1]) for line in open("/proc/meminfo") if line.startswith("MemAvailable")) * 1024 / 1e9  # what the page cache holds can be had
-    except OSError: return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    # with what PyTorch keeps for later
+    if device.startswith("cuda"):
+        return (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()) / 1e9
+    # what the page cache holds can be had
+    try:
+        return (
+            next(int(line.split()[1]) for line in open("/proc/meminfo") if line.startswith("MemAvailable")) * 1024 / 1e9
+        )
+    except OSError:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
 def load(
@@ -173,7 +201,8 @@ def load(
     dtype=None,              # None: bfloat16 on a GPU, float16 on one older than sm_80, float32 on a CPU
     trust_remote_code: bool = False,  # as in `needs`
 ) -> tuple:
-    "Model and tokenizer, ready to evaluate. Raises CheckpointError where memory is too small, with what fits, or where the checkpoint cannot be loaded."
+    """Model and tokenizer, ready to evaluate. Raises CheckpointError where memory is too small, with what fits, or
+    where the checkpoint cannot be loaded."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -185,12 +214,21 @@ def load(
         left, kv = free / factor - n["weights_gb"] - n["states_gb"], n["kv_gb"] / T
         fits = int(max(0, left) / (kv + n["work_gb"] / min(T, 16384)))  # a text of one piece or less
         if fits > 16384 and kv: fits = int((left - n["work_gb"]) / kv)
-        raise CheckpointError(f"{checkpoint} needs {factor * n['total_gb']:.1f} GB to read {T:,} tokens and {device} has {free:.1f} GB free: "
-                              + (f"about {fits:,} tokens would fit" if fits > 0 else "the weights alone do not fit; take a larger device"))
+        raise CheckpointError(
+            f"{checkpoint} needs {factor * n['total_gb']:.1f} GB to read {T:,} tokens and {device} has {free:.1f} GB "
+            "free: "
+            + (f"about {fits:,} tokens would fit" if fits > 0 else "the weights alone do not fit; take a larger device")
+        )
     if T > (most := text_config(config.to_dict()).get("max_position_embeddings") or T):
         rope = config.model_type not in ("hypenet", "hybrid") or config.attn_use_rope
-        warnings.warn(f"{T:,} tokens are more than max_position_embeddings = {most:,}: " +
-                      ("positions beyond it were never trained" if rope else "the softmax layers have no positions and scale their logits, so this is meant to work"))
+        warnings.warn(
+            f"{T:,} tokens are more than max_position_embeddings = {most:,}: "
+            + (
+                "positions beyond it were never trained"
+                if rope
+                else "the softmax layers have no positions and scale their logits, so this is meant to work"
+            )
+        )
     if Path(checkpoint).is_dir(): weight_files(checkpoint)  # says which file is missing, and opens no pickle
     tokenizer = opened(AutoTokenizer, checkpoint, trust_remote_code)
     model = opened(AutoModelForCausalLM, checkpoint, trust_remote_code, dtype=dtype, use_safetensors=True)
@@ -206,7 +244,8 @@ def _copied(x):
 def bookmark(
     cache,  # of transformers
 ) -> list[dict]:
-    "What a cache holds now. Keys and values are not copied: a static cache overwrites only what lies behind, a dynamic one makes new tensors."
+    """What a cache holds now. Keys and values are not copied: a static cache overwrites only what lies behind, a
+    dynamic one makes new tensors."""
     return [{k: v if k in ("keys", "values") else _copied(v) for k, v in vars(layer).items()} for layer in cache.layers]
 
 
@@ -243,13 +282,18 @@ def _static(model) -> bool: return model.config.model_type in ("hypenet", "hybri
 def continued(model, ids, cache, room: int, ends: set[int], step) -> list[int]:
     "Tokens that follow ids (1, n), until one that ends a text."
     import torch
+
     from qkrestore_nb.hypenet import CACHE, prefill
-    def after(token): return (step or model)(input_ids=token, use_cache=True, **{CACHE: cache}).logits[:, -1:].argmax(-1)
+
+    def after(token):
+        return (step or model)(input_ids=token, use_cache=True, **{CACHE: cache}).logits[:, -1:].argmax(-1)
+
     out: list[int] = []
     token = prefill(model, ids, cache=cache)[0].argmax(-1)
     while True:
         said = [token]
-        while len(said) < min(16 if step else 1, room - len(out)): said.append(after(said[-1]))  # the GPU waits whenever Python looks: look at 16 together
+        # the GPU waits whenever Python looks: look at 16 together
+        while len(said) < min(16 if step else 1, room - len(out)): said.append(after(said[-1]))
         said = torch.cat(said, 1)[0].tolist()
         out += list(takewhile(lambda t: t not in ends, said))
         if len(out) >= room or ends & set(said): return out
@@ -265,9 +309,11 @@ def ask(
     cache=None,          # a static cache to use again, from an earlier haystack; it is emptied first
     step=None,           # `compiled_step` of the model, for use with such a cache
 ) -> list[str]:
-    "The generated answer to each question of one haystack, which is read once. Raises CheckpointError where its logits are not numbers."
+    """The generated answer to each question of one haystack, which is read once. Raises CheckpointError where its
+    logits are not numbers."""
     import torch
     from transformers import DynamicCache, StaticCache
+
     from qkrestore_nb.hypenet import prefill, text_ends
     prompts = [tokenizer(prompt(hay, q))["input_ids"] for q in hay["questions"]]
     shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
@@ -278,11 +324,19 @@ def ask(
     ends = text_ends(model, tokenizer)
     with torch.no_grad():
         first, _ = prefill(model, torch.tensor([prompts[0][:shared]], device=model.device), chunk, cache)
-        if first.isnan().any(): raise CheckpointError(f"the logits are not numbers in {model.dtype}: load the model in float32, or take device='cpu'")  # float16 ends at 65,504
+        # float16 ends at 65,504
+        if first.isnan().any():
+            raise CheckpointError(
+                f"the logits are not numbers in {model.dtype}: load the model in float32, or take device='cpu'"
+            )
         mark, said = bookmark(cache), []
         for ids in prompts:
             rewind(cache, mark)
-            said.append(tokenizer.decode(continued(model, torch.tensor([ids[shared:]], device=model.device), cache, room, ends, step)))
+            said.append(
+                tokenizer.decode(
+                    continued(model, torch.tensor([ids[shared:]], device=model.device), cache, room, ends, step)
+                )
+            )
     return said
 
 # %% ../nbs/13_hypenet_at_scale.ipynb #98f29ab4
@@ -295,10 +349,15 @@ def recall(
     chunk: int = 16384,
     tell=lambda text: None,  # called with what comes next
 ) -> dict:
-    "kind -> tokens -> {correct, n, each}: values that stand in the generated answers, of how many, and the same for every haystack. ValueError for a tokenizer that cannot spell needles."
+    """kind -> tokens -> {correct, n, each}: values that stand in the generated answers, of how many, and the same for
+    every haystack. ValueError for a tokenizer that cannot spell needles."""
     from transformers import StaticCache
     fast = _static(model) and model.device.type == "cuda"
-    cache = StaticCache(config=model.config, max_cache_len=max(T for sizes in plan.values() for T, _, _ in sizes) + 8) if fast else None
+    cache = (
+        StaticCache(config=model.config, max_cache_len=max(T for sizes in plan.values() for T, _, _ in sizes) + 8)
+        if fast
+        else None
+    )
     step = compiled_step(model) if fast else None
     out: dict[str, dict] = {}
     for kind, sizes in plan.items():
@@ -307,8 +366,15 @@ def recall(
             each = []
             for hay in prose_test(kind, tokenizer, T, n, questions, seed, room):
                 said = ask(model, tokenizer, hay, room, chunk, cache, step)
-                each.append([round(sum(score(s, q["answers"]) * len(q["answers"]) for s, q in zip(said, hay["questions"]))), sum(len(q["answers"]) for q in hay["questions"])])
-            out.setdefault(kind, {})[str(T)] = dict(correct=sum(c for c, _ in each), n=sum(k for _, k in each), each=each)
+                each.append(
+                    [
+                        round(sum(score(s, q["answers"]) * len(q["answers"]) for s, q in zip(said, hay["questions"]))),
+                        sum(len(q["answers"]) for q in hay["questions"]),
+                    ]
+                )
+            out.setdefault(kind, {})[str(T)] = dict(
+                correct=sum(c for c, _ in each), n=sum(k for _, k in each), each=each
+            )
     return out
 
 # %% ../nbs/13_hypenet_at_scale.ipynb #0f8a7ace
@@ -325,21 +391,33 @@ def lm_eval_scores(
     "task -> metric -> value, as lm-eval gives them. Raises CheckpointError where lm-eval is not installed."
     import tempfile
     from unittest.mock import patch
+
     from qkrestore_nb.prose import sentences
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         try:
             import nltk
-            if essay is not None: stack.enter_context(patch.object(nltk, "download", lambda *_, **__: False))  # asked at import, of tasks too; nothing of it is needed
+            # asked at import, of tasks too; nothing of it is needed
+            if essay is not None: stack.enter_context(patch.object(nltk, "download", lambda *_, **__: False))
             import lm_eval
             from lm_eval.models.huggingface import HFLM
             from lm_eval.tasks.ruler import prepare_niah
         except ImportError as e: raise CheckpointError(f'{e.name} is missing: pip install "qkrestore_nb[eval]"') from e
-        given, own = prepare_niah.get_haystack, lambda type_haystack: list(essay) if type_haystack == "essay" else given(type_haystack=type_haystack)
-        if essay is not None: stack.enter_context(patch.multiple(prepare_niah, get_haystack=own, cached_sent_tokenize=sentences))
+        given, own = (
+            prepare_niah.get_haystack,
+            lambda type_haystack: list(essay) if type_haystack == "essay" else given(type_haystack=type_haystack),
+        )
+        if essay is not None:
+            stack.enter_context(patch.multiple(prepare_niah, get_haystack=own, cached_sent_tokenize=sentences))
         model.generation_config.prefill_chunk_size = chunk
         tokenizer.save_pretrained(folder)  # RULER's tasks load it themselves, to count
         most = max([*lengths, text_config(model.config.to_dict()).get("max_position_embeddings") or 0]) + 256
-        got = lm_eval.simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=most), tasks=tasks, limit=limit, bootstrap_iters=0,
-                                      metadata=dict(max_seq_lengths=list(lengths), tokenizer=folder), **settings)
+        got = lm_eval.simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=most),
+            tasks=tasks,
+            limit=limit,
+            bootstrap_iters=0,
+            metadata=dict(max_seq_lengths=list(lengths), tokenizer=folder),
+            **settings,
+        )
     return {task: {k: v for k, v in r.items() if k != "alias"} for task, r in got["results"].items()}

@@ -46,7 +46,8 @@ def softmax_attention(
     q: torch.Tensor,                    # (B, T_q, H, D)
     k: torch.Tensor,                    # (B, T_k, n_kv, D)
     v: torch.Tensor,                    # (B, T_k, n_kv, D)
-    mask: torch.Tensor | None = None,   # True where a query may look (somewhere at least), broadcast to (B, H, T_q, T_k); None: causal
+    mask: torch.Tensor | None = None,  # True where a query may look (somewhere at least), broadcast to (B, H, T_q,
+                                       # T_k); None: causal
     scale: float | None = None,         # None: 1/sqrt(D)
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "The explicit form, which shows its weights: o (B, T_q, H, D) and weights (B, H, T_q, T_k)."
@@ -58,20 +59,31 @@ def softmax_attention(
 
 # %% ../nbs/01_softmax_attention.ipynb #47179537
 def _in_two(q: torch.Tensor) -> bool:
-    "Whether cuDNN's attention, which returns its log-sum-exp, is there and faster: Hopper and later, half precision, no gradient."
-    return (q.is_cuda and not torch.is_grad_enabled() and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] in (64, 128)
-            and torch.cuda.get_device_capability(q.device) >= (9, 0) and not torch.compiler.is_compiling())
+    """Whether cuDNN's attention, which returns its log-sum-exp, is there and faster: Hopper and later, half precision,
+    no gradient."""
+    return (
+        q.is_cuda
+        and not torch.is_grad_enabled()
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[-1] in (64, 128)
+        and torch.cuda.get_device_capability(q.device) >= (9, 0)
+        and not torch.compiler.is_compiling()
+    )
 
 
 def _with_lse(q, k, v, causal: bool, scale: float | None):
     "Attention and its log-sum-exp; everything (B, H, T, D), the second (B, H, T, 1)."
-    if q.is_cuda: o, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)[:2]
+    if q.is_cuda:
+        o, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, causal, False, scale=scale
+        )[:2]
     else: o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)[:2]
     return o, lse.reshape(*o.shape[:3], 1)
 
 
 def _past_and_present(q, k, v, scale: float | None = None):
-    "Causal attention of the last T_q tokens over all T_k: the past in full, the present as a square, merged. Shapes as in `fused_attention`."
+    """Causal attention of the last T_q tokens over all T_k: the past in full, the present as a square, merged. Shapes
+    as in `fused_attention`."""
     past = k.shape[1] - q.shape[1]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     o1, l1 = _with_lse(q, k[:, :, :past], v[:, :, :past], False, scale)
@@ -101,13 +113,17 @@ def fused_attention(
 # %% ../nbs/01_softmax_attention.ipynb #c0dd0002
 @contextmanager
 def without_cudnn() -> Iterator[None]:
-    "Within it attention goes to other kernels than cuDNN's, for shapes that change all the time. What else is switched on or off stays as it is."
+    """Within it attention goes to other kernels than cuDNN's, for shapes that change all the time. What else is
+    switched on or off stays as it is."""
     is_on, set_on = torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.enable_cudnn_sdp
-    others = torch.backends.cuda.flash_sdp_enabled() or torch.backends.cuda.mem_efficient_sdp_enabled() or torch.backends.cuda.math_sdp_enabled()
+    others = (
+        torch.backends.cuda.flash_sdp_enabled()
+        or torch.backends.cuda.mem_efficient_sdp_enabled()
+        or torch.backends.cuda.math_sdp_enabled()
+    )
     set_on(is_on and not others)  # whoever left nothing but cuDNN keeps it
     try: yield
     finally: set_on(is_on)
-
 
 # %% ../nbs/01_softmax_attention.ipynb #3e09187c
 def rms_norm(

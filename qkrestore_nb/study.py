@@ -54,8 +54,12 @@ def load(
     "The results of a kind, by seed. Raises ValueError where there is none, or where they come from different recipes."
     found = [json.loads(p.read_text()) for p in Path(folder).glob(f"{model}-{kind}-seed*.json")]
     found = sorted((r for r in found if r["sft_seed"] == sft_seed), key=lambda r: r["seed"])
-    if not found: raise ValueError(f"no {model}-{kind}-seed*.json in {folder}: run `qkrestore experiment` first, or name another folder")
-    if any(r["config"] != found[0]["config"] for r in found): raise ValueError(f"the files of {model}-{kind} in {folder} come from different recipes: name those of one")
+    if not found:
+        raise ValueError(
+            f"no {model}-{kind}-seed*.json in {folder}: run `qkrestore experiment` first, or name another folder"
+        )
+    if any(r["config"] != found[0]["config"] for r in found):
+        raise ValueError(f"the files of {model}-{kind} in {folder} come from different recipes: name those of one")
     return found
 
 
@@ -69,7 +73,8 @@ def needles(
 def accuracy(
     runs: list[dict],   # as `load` returns them
     variant: str,       # a key of scores
-    cells: list[tuple[str, int]],  # (test, length), averaged with equal weight; ("chains", steps) stands for the four tasks
+    cells: list[tuple[str, int]],  # (test, length), averaged with equal weight; ("chains", steps) stands for the four
+                                   # tasks
     count: str = "lookup",         # "lookup", "exact" or "first": the first token of an answer
 ) -> np.ndarray:
     "Percent right, one number a seed."
@@ -102,9 +107,16 @@ def by_length(
     lengths: Iterable[int],   # tokens
     count: str = "lookup",
 ) -> None:
-    "S1 to MK against length: before, after fine-tuning, and with V, O or Q, K restored; means thick, the single seeds thin."
+    """S1 to MK against length: before, after fine-tuning, and with V, O or Q, K restored; means thick, the single seeds
+    thin."""
     lengths = list(lengths)
-    for v, c, label in (("pre", "pre", "before SFT"), ("qk", "restored", "Q,K restored"), ("average 0.9", "average", "all weights at 0.9"), ("vo", "vo", "V,O restored"), ("post", "post", "after SFT")):
+    for v, c, label in (
+        ("pre", "pre", "before SFT"),
+        ("qk", "restored", "Q,K restored"),
+        ("average 0.9", "average", "all weights at 0.9"),
+        ("vo", "vo", "V,O restored"),
+        ("post", "post", "after SFT"),
+    ):
         lines = np.array([accuracy(runs, v, needles(T), count) for T in lengths])
         if v in ("post", "qk"): ax.plot(lengths, lines, color=colors[c], lw=.6, alpha=.35)
         ax.plot(lengths, lines.mean(1), "o-", color=colors[c], ms=4, lw=2.2, label=label)

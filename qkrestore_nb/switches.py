@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 # %% ../nbs/10b_switches.ipynb #sweff000
 _pairs = dict(  # name -> minuend and subtrahend
-    damage=("pre", "post"), qk=("qk", "post"), vo=("vo", "post"), average=("average 0.9", "post"), contrast=("qk", "vo"))
+    damage=("pre", "post"), qk=("qk", "post"), vo=("vo", "post"), average=("average 0.9", "post"), contrast=("qk", "vo")
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ def effects(
     if reference and reference != kind:
         both = {r["seed"]: r for r in load(folder, reference, model)}
         beside = t_interval(right["post"] - accuracy([both[r["seed"]] for r in runs], "post", cells, count))
-    return Effects(kind, tuple(r["seed"] for r in runs), {v: t_interval(x) for v, x in right.items()}, found, asked, beside)
+    return Effects(
+        kind, tuple(r["seed"] for r in runs), {v: t_interval(x) for v, x in right.items()}, found, asked, beside
+    )
 
 # %% ../nbs/10b_switches.ipynb #swfig000
 def ladder(
@@ -62,16 +65,25 @@ def ladder(
     labels: dict[str, str] | None = None,  # name -> what to call it
     named: list[str] | None = None,  # names of the rows; None: their kinds
 ) -> None:
-    "Recall after each kind of fine-tuning, and with V,O and Q,K restored, one line a kind, worst on top; seeds as small strokes."
+    """Recall after each kind of fine-tuning, and with V,O and Q,K restored, one line a kind, worst on top; seeds as
+    small strokes."""
     rows = list(rows)
     pairs = sorted(zip(named or [e.kind for e in rows], rows, strict=True), key=lambda x: x[1].right["post"].mean)
     for y, (_, e) in enumerate(pairs):
         at = {v: e.right[v].mean for v in ("post", "vo", "qk")}
         ax.plot([min(at.values()), max(at.values())], [y, y], color="#BBBBBB", lw=1, zorder=1)
         ax.plot(e.right["post"].units, np.full(len(e.seeds), y), "|", ms=6, color=colors["post"], alpha=.5)
-        for v, c, marker, said in (("post", "post", "o", "after SFT"), ("vo", "vo", "s", "V,O restored"), ("qk", "restored", "D", "Q,K restored")):
+        for v, c, marker, said in (
+            ("post", "post", "o", "after SFT"),
+            ("vo", "vo", "s", "V,O restored"),
+            ("qk", "restored", "D", "Q,K restored"),
+        ):
             ax.plot(at[v], y, marker, ms=6, color=colors[c], label=None if y else said)
-    ax.set(yticks=range(len(pairs)), yticklabels=[(labels or {}).get(name, name) for name, _ in pairs], ylim=(len(pairs) - .4, -.6))
+    ax.set(
+        yticks=range(len(pairs)),
+        yticklabels=[(labels or {}).get(name, name) for name, _ in pairs],
+        ylim=(len(pairs) - 0.4, -0.6),
+    )
     ax.grid(axis="y", visible=False)
 
 # %% ../nbs/10b_switches.ipynb #swlowest
@@ -84,7 +96,8 @@ def lowest_rate(
     solved: float = 98.,  # percent of chains
     steps: int = 8,  # of a chain
 ) -> str | None:
-    "Fine-tune at rising rates until enough chains are solved, and evaluate the repairs there. Returns that kind; None where no rate is enough."
+    """Fine-tune at rising rates until enough chains are solved, and evaluate the repairs there. Returns that kind; None
+    where no rate is enough."""
     for kind in rates:
         run(profile, out, seed, model, (kind,), ("post",))
         record = json.loads((Path(out) / f"{model}-{kind}-seed{seed}.json").read_text())

@@ -21,7 +21,10 @@ class Problem:
     given: tuple  # what an answer is checked against
 
 
-_small = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
+_small = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen"
+).split()
 _tens = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 
@@ -46,14 +49,20 @@ _signs = {"plus": lambda a, b: a + b, "minus": lambda a, b: a - b, "times": lamb
 def _moves(numbers: tuple[int, ...], rng) -> list[tuple[int, str, int, int]]:
     "Two of the numbers joined: (a, sign, b, result), in random order."
     pairs = [(a, b) for i, a in enumerate(numbers) for j, b in enumerate(numbers) if i != j and a >= b]
-    found = {(a, sign, b, f(a, b)) for a, b in pairs for sign, f in _signs.items() if 0 < f(a, b) < 1000 and not (sign == "times" and b == 1)}
+    found = {
+        (a, sign, b, f(a, b))
+        for a, b in pairs
+        for sign, f in _signs.items()
+        if 0 < f(a, b) < 1000 and not (sign == "times" and b == 1)
+    }
     out = sorted(found)
     rng.shuffle(out)
     return out[:6]
 
 
 def countdown(rng: random.Random, near: bool, words: bool, steps: int) -> Problem | None:
-    "Join all numbers to reach a target, depth first, with a retreat where it fails. None where the search is far from `steps`."
+    """Join all numbers to reach a target, depth first, with a retreat where it fails. None where the search is far from
+    `steps`."""
     say = in_words if words else str
     numbers = tuple(rng.randint(2, 25) for _ in range(4))
     target, left = 0, numbers
@@ -66,8 +75,11 @@ def countdown(rng: random.Random, near: bool, words: bool, steps: int) -> Proble
         rest.remove(b)
         left = (*rest, c)
     target = left[0]
-    prompt = (f"Reach {say(target)} from the numbers {_listed(map(say, numbers))}. Use each number once; plus, minus and times are allowed. "
-              "Think step by step, go back where a way fails, and check the answer.")
+    prompt = (
+        f"Reach {say(target)} from the numbers {_listed(map(say, numbers))}. Use each number once; plus, minus and "
+        "times are allowed. "
+        "Think step by step, go back where a way fails, and check the answer."
+    )
     lines: list[str] = []
     way: list[tuple] = []
 
@@ -82,17 +94,24 @@ def countdown(rng: random.Random, near: bool, words: bool, steps: int) -> Proble
             here = f"I have {_listed(map(say, left))} and want {say(target)}. " if near else ""
             there = f"Now I have {_listed(map(say, now))}." if near or len(now) == 1 else "I go on."
             lines.append(f"{here}Try {say(a)} {sign} {say(b)}, which is {say(c)}. {there}")
-            if len(now) == 1 and c != target: lines[-1] += f" That is not {say(target)}." if near else " That is not it."
+            if len(now) == 1 and c != target:
+                lines[-1] += f" That is not {say(target)}." if near else " That is not it."
             way.append((a, sign, b, c))
             if search(now): return True
             way.pop()
-        lines.append(f"With {_listed(map(say, left))} nothing gives {say(target)}. Go back." if near else "Nothing is left to try here. Go back.")
+        lines.append(
+            f"With {_listed(map(say, left))} nothing gives {say(target)}. Go back."
+            if near
+            else "Nothing is left to try here. Go back."
+        )
         return False
 
     if not search(numbers): return None
     answer = "; ".join(f"{say(a)} {sign} {say(b)} is {say(c)}" for a, sign, b, c in way)
     check = f"Check: {answer}. That is {say(target)}, and each number is used once."
-    return Problem("countdown", prompt, "\n".join([*lines, check, f"Answer: {answer}"]), answer, (numbers, target, words))
+    return Problem(
+        "countdown", prompt, "\n".join([*lines, check, f"Answer: {answer}"]), answer, (numbers, target, words)
+    )
 
 # %% ../nbs/12a_traces.ipynb #f893537a
 def _check_countdown(p: Problem, said: str) -> bool:
@@ -111,8 +130,11 @@ def _check_countdown(p: Problem, said: str) -> bool:
     return left == [target]
 
 # %% ../nbs/12a_traces.ipynb #5b192421
-_places = ("Oslo Rome Lima Cairo Paris Quito Dakar Delhi Tunis Minsk Sofia Berne Turin Osaka Hanoi Lagos Accra Milan Perth Leeds Miami Dover Ghent "
-           "Basel Malmo Riga Kyoto Porto Seoul Cork").split()
+_places = (
+    "Oslo Rome Lima Cairo Paris Quito Dakar Delhi Tunis Minsk Sofia Berne Turin Osaka Hanoi Lagos Accra Milan Perth "
+    "Leeds Miami Dover Ghent "
+    "Basel Malmo Riga Kyoto Porto Seoul Cork"
+).split()
 
 
 def graph(rng: random.Random, near: bool, words: bool, steps: int) -> Problem | None:
@@ -122,7 +144,9 @@ def graph(rng: random.Random, near: bool, words: bool, steps: int) -> Problem | 
     for p in places: roads[p] = rng.sample([x for x in places if x != p], rng.randint(1, 3))
     start, end = places[0], places[-1]
     told = " ".join(f"From {p} one can go to {_listed(roads[p])}." for p in places)
-    prompt = f"{told} Find a way from {start} to {end}. Think step by step, go back where a way fails, and check the answer."
+    prompt = (
+        f"{told} Find a way from {start} to {end}. Think step by step, go back where a way fails, and check the answer."
+    )
     lines: list[str] = []
     way, seen = [start], {start}
 
@@ -130,8 +154,12 @@ def graph(rng: random.Random, near: bool, words: bool, steps: int) -> Problem | 
         here = way[-1]
         if here == end: return True
         for x in roads[here]:
-            if near: lines.append(f"{told if len(lines) % 2 == 0 else ''} I am at {here}, my way is {_listed(way)}, I have seen {_listed(sorted(seen))}, "
-                                  f"and from {here} one can go to {_listed(roads[here])}.".strip())
+            if near:
+                lines.append(
+                    f"{told if len(lines) % 2 == 0 else ''} I am at {here}, my way is {_listed(way)}, I have seen "
+                    f"{_listed(sorted(seen))}, "
+                    f"and from {here} one can go to {_listed(roads[here])}.".strip()
+                )
             if x in seen:
                 lines.append(f"I have seen {x} already." if near else f"At {here}: {x} is known.")
                 continue
@@ -146,7 +174,13 @@ def graph(rng: random.Random, near: bool, words: bool, steps: int) -> Problem | 
     if not search(): return None
     answer = " to ".join(way)
     check = "Check: " + " ".join(f"From {a} one can go to {b}." for a, b in itertools.pairwise(way))
-    return Problem("graph", prompt, "\n".join([*lines, check, f"Answer: {answer}"]), answer, (tuple((p, tuple(x)) for p, x in roads.items()), start, end))
+    return Problem(
+        "graph",
+        prompt,
+        "\n".join([*lines, check, f"Answer: {answer}"]),
+        answer,
+        (tuple((p, tuple(x)) for p, x in roads.items()), start, end),
+    )
 
 # %% ../nbs/12a_traces.ipynb #288a53eb
 def _check_graph(p: Problem, said: str) -> bool:
@@ -173,15 +207,19 @@ def _drawn_grid(rng) -> list[list[int]]:
 
 
 def sudoku(rng: random.Random, near: bool, words: bool, steps: int) -> Problem | None:
-    "Fill a four by four grid, cell by cell, with a retreat where nothing fits. None where the search is far from `steps`."
+    """Fill a four by four grid, cell by cell, with a retreat where nothing fits. None where the search is far from
+    `steps`."""
     say = (lambda n: in_words(n) if n else "blank") if words else (lambda n: str(n) if n else "blank")
     grid = _drawn_grid(rng)
     for r, c in rng.sample([(r, c) for r in range(4) for c in range(4)], rng.randint(8, 12)): grid[r][c] = 0
     given = tuple(map(tuple, grid))
     row_of = lambda r: f"row {in_words(r + 1)} is {', '.join(map(say, grid[r]))}"
     shown = lambda: "; ".join(row_of(r) for r in range(4))
-    prompt = (f"In a sudoku of four by four, {shown()}. Every row, column and box has each of {_listed(map(say, range(1, 5)))} once. "
-              "Fill it. Think step by step, go back where a way fails, and check the answer.")
+    prompt = (
+        f"In a sudoku of four by four, {shown()}. Every row, column and box has each of "
+        f"{_listed(map(say, range(1, 5)))} once. "
+        "Fill it. Think step by step, go back where a way fails, and check the answer."
+    )
     lines: list[str] = []
 
     def search() -> bool:
@@ -211,8 +249,14 @@ def _check_sudoku(p: Problem, said: str) -> bool:
     rows = re.findall(r"row \w+ is ([^;.]+)", said)
     grid = [[value.get(x.strip(), 0) for x in row.split(",")] for row in rows]
     if [len(row) for row in grid] != [4] * 4: return False
-    lines = [*grid, *zip(*grid), *[[grid[r + i][c + j] for i in (0, 1) for j in (0, 1)] for r in (0, 2) for c in (0, 2)]]
-    return all(sorted(x) == [1, 2, 3, 4] for x in lines) and all(g in (0, x) for a, b in zip(given, grid) for g, x in zip(a, b))
+    lines = [
+        *grid,
+        *zip(*grid),
+        *[[grid[r + i][c + j] for i in (0, 1) for j in (0, 1)] for r in (0, 2) for c in (0, 2)],
+    ]
+    return all(sorted(x) == [1, 2, 3, 4] for x in lines) and all(
+        g in (0, x) for a, b in zip(given, grid) for g, x in zip(a, b)
+    )
 
 # %% ../nbs/12a_traces.ipynb #9be31272
 def sums(rng: random.Random, near: bool, words: bool, steps: int) -> Problem | None:
@@ -231,7 +275,12 @@ def sums(rng: random.Random, near: bool, words: bool, steps: int) -> Problem | N
     lines, have = [], 0
     for i, x in enumerate(numbers):
         left = numbers[i:]
-        here = f"I have {say(have)}, and left are: {_listed(map(named, left[:12]))}{', and more' if len(left) > 12 else ''}. " if near else ""
+        here = (
+            f"I have {say(have)}, and left are: "
+            f"{_listed(map(named, left[:12]))}{', and more' if len(left) > 12 else ''}. "
+            if near
+            else ""
+        )
         have += x
         lines.append(f"{here}{named(x).capitalize()}: that makes {say(have)}.")
     lines.append(f"So it is {say(have)}. Check from the other end, without the signs in the way.")
@@ -251,7 +300,11 @@ def _check_sums(p: Problem, said: str) -> bool: return said.strip().rstrip(".") 
 
 # %% ../nbs/12a_traces.ipynb #a6817a3c
 kinds: dict[str, tuple[Callable, Callable]] = dict(  # who makes a problem, and who checks an answer
-    countdown=(countdown, _check_countdown), graph=(graph, _check_graph), sudoku=(sudoku, _check_sudoku), sums=(sums, _check_sums))
+    countdown=(countdown, _check_countdown),
+    graph=(graph, _check_graph),
+    sudoku=(sudoku, _check_sudoku),
+    sums=(sums, _check_sums),
+)
 
 
 def right(
@@ -265,7 +318,7 @@ def right(
 
 def problems(
     seed,                    # anything that seeds random.Random
-    near: bool = True,       # every step restates what it needs; False: it looks back to the question and to earlier steps
+    near: bool = True,  # every step restates what it needs; False: it looks back to the question and to earlier steps
     least: int = 0,          # words of prompt and completion; 0: 300 near, 150 far
     most: int = 2600,
     among: tuple[str, ...] = tuple(kinds),

@@ -65,8 +65,8 @@ def asked_rows(
     full: bool = False,      # T // room needles whatever `most` says: it limits the questions alone
     **how,                   # value, grid as in `needle_rows`
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A haystack with its questions: ids and weights. Answers and the DOT behind them weigh 1, filler 0.02, so that it does not drown
-    them, needles and questions nothing: nobody can predict those."""
+    """A haystack with its questions: ids and weights. Answers and the DOT behind them weigh 1, filler 0.02, so that it
+    does not drown them, needles and questions nothing: nobody can predict those."""
     n = max(1, min(most, T // room))
     rows = needle_rows(rng, filler(rng, B, T), T // room if full else n, n, **how)
     weights, ask = np.where(rows["body"], 0, .02), rows["ask"]
@@ -96,12 +96,19 @@ def single_rows(rng: np.random.Generator, B: int, T: int) -> tuple[np.ndarray, n
 
 
 kinds: dict[str, tuple[float, Callable]] = dict(  # pre-training: share of the rows, and who makes them
-    copy=(1.0, copy_rows), single=(1.0, single_rows),
-    digits=(1.5, partial(asked_rows, filler=essay, most=12, room=24)), noise=(0.7, partial(asked_rows, filler=noise, most=12, room=24)),
+    copy=(1.0, copy_rows),
+    single=(1.0, single_rows),
+    digits=(1.5, partial(asked_rows, filler=essay, most=12, room=24)),
+    noise=(0.7, partial(asked_rows, filler=noise, most=12, room=24)),
     letters=(2.0, partial(asked_rows, filler=essay, most=8, room=50, value="letters")),
     full=(1.0, partial(asked_rows, filler=essay, most=12, room=24, full=True, grid=False)),
-    direct=(0.5, _short("M", chain="none", most=1)), M=(0.6, _short("M")), A=(0.7, _short("A")), D=(0.6, _short("D")),
-    wordy_M=(0.4, _short("M", wordy=True)), wordy_D=(0.4, _short("D", wordy=True)))
+    direct=(0.5, _short("M", chain="none", most=1)),
+    M=(0.6, _short("M")),
+    A=(0.7, _short("A")),
+    D=(0.6, _short("D")),
+    wordy_M=(0.4, _short("M", wordy=True)),
+    wordy_D=(0.4, _short("D", wordy=True)),
+)
 
 # %% ../nbs/06_training.ipynb #2b5d8445
 def pretraining_batch(
@@ -116,7 +123,8 @@ def pretraining_batch(
     rng = np.random.default_rng([seed, step])
     T = short if step < first else int(rng.choice(long))
     B, share = tokens // T, np.array([w for w, _ in kinds.values()])
-    edges = np.floor(np.cumsum(share / share.sum()) * B + rng.random()).astype(int)  # every kind gets its share, give or take one row
+    # every kind gets its share, give or take one row
+    edges = np.floor(np.cumsum(share / share.sum()) * B + rng.random()).astype(int)
     counts = np.diff(edges, prepend=int(np.floor(edges[-1] - B)))
     parts = [make(rng, n, T) for n, (_, make) in zip(counts, kinds.values()) if n > 0]
     ids, weights = (np.concatenate(x) for x in zip(*parts))
@@ -127,7 +135,8 @@ _phrases = np.random.default_rng(2).integers(0, 170, (170, 4))  # four words may
 
 
 def small_talk(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    "A question and 8 to 90 words, each of which follows from the one before it alone: a long answer without a chain of thought."
+    """A question and 8 to 90 words, each of which follows from the one before it alone: a long answer without a chain
+    of thought."""
     ids, known = problem(rng, "MADH"[rng.integers(4)], int(rng.integers(1, 9)), "none")
     question, said = ids[:np.argmax(known)][:30], [int(rng.integers(170))]
     for _ in range(int(rng.integers(8, 91))): said.append(_phrases[said[-1], rng.integers(4)])
@@ -172,19 +181,26 @@ def in_essay(rng: np.random.Generator, source: Iterator, B: int, T: int, window:
 def init_weights(
     model: _Model,  # a HypeNetForCausalLM
 ) -> _Model:
-    "Start small models well: inputs 1/sqrt(fan_in), what writes to the residual stream a quarter of it, gates 0.3. Returns the model."
+    """Start small models well: inputs 1/sqrt(fan_in), what writes to the residual stream a quarter of it, gates 0.3.
+    Returns the model."""
     for name, p in model.named_parameters():
         if p.ndim == 1: continue
         fan_in, part = p.shape[1], name.split(".")[-2]
         if "conv1d" in part: torch.nn.init.uniform_(p, -.5, .5)
         elif part == "embed_tokens": torch.nn.init.normal_(p, std=.5)
-        else: torch.nn.init.normal_(p, std={"lm_head": .5, "o_proj": .25, "down_proj": .25, "o_gate": .3, "z_proj": .3}.get(part, 1) * fan_in ** -.5)
+        else:
+            torch.nn.init.normal_(
+                p,
+                std={"lm_head": 0.5, "o_proj": 0.25, "down_proj": 0.25, "o_gate": 0.3, "z_proj": 0.3}.get(part, 1)
+                * fan_in**-0.5,
+            )
     return model
 
 # %% ../nbs/06_training.ipynb #5d27c1ae
 def _save(path: Path, **state):
     "All or nothing: a file that was being written when the power went is not the checkpoint."
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False) as part: torch.save(state, part)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False) as part:
+        torch.save(state, part)
     os.replace(part.name, path)
 
 
@@ -192,9 +208,15 @@ def _save(path: Path, **state):
 def compiled(
     model,  # of transformers
 ) -> Iterator[None]:
-    "Inside the block the layers of a model on a GPU are compiled; behind it they are as they came. Elsewhere it does nothing."
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if next(model.parameters()).device.type == "cuda" else []
-    if layers: torch._dynamo.config.recompile_limit = 64  # every length is a shape of its own, and there are two kinds of layer
+    """Inside the block the layers of a model on a GPU are compiled; behind it they are as they came. Elsewhere it does
+    nothing."""
+    layers = (
+        [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        if next(model.parameters()).device.type == "cuda"
+        else []
+    )
+    # every length is a shape of its own, and there are two kinds of layer
+    if layers: torch._dynamo.config.recompile_limit = 64
     for layer in layers: layer.compile(dynamic=False)
     try: yield
     finally:
@@ -216,26 +238,34 @@ def train(
     lr: float,                 # of AdamW at its highest
     warmup: int = 100,         # steps
     weight_decay: float = 0.,  # of matrices; 0.1 while pre-training, none for SFT
-    dtype: str = "float32",    # of matrix products: bfloat16 on a GPU that has it, float16 (with a scaled loss) on older ones; weights stay float32
+    dtype: str = "float32",  # of matrix products: bfloat16 on a GPU that has it, float16 (with a scaled loss) on older
+                             # ones; weights stay float32
     file: str | Path | None = None,  # where to save the run every `every` steps; if it exists, go on from there
     every: int = 200,
     workers: int = 0,          # processes that prepare batches
     label: str = "training",
     look: Callable | None = None,  # look(step, model), called every `every` steps: a probe during training
     rate: Callable = lambda name: 1.,  # parameter name -> factor on lr; 0 freezes it
-    pull: float = 0.,          # times the rate: what a step takes back of the way from the weights at the start (decoupled L2-SP)
+    pull: float = 0.,  # times the rate: what a step takes back of the way from the weights at the start (decoupled
+                       # L2-SP)
     loss: Callable = weighted_loss,    # (model, ids, weights) -> what is made small
 ) -> list[dict]:
-    """Train with AdamW and a cosine to 10%; returns the log: step, loss, tokens_per_s. Interrupted runs resume with the same batches.
-    Where torch.distributed has begun, each process gives its own batches, and gradients are averaged."""
+    """Train with AdamW and a cosine to 10%; returns the log: step, loss, tokens_per_s. Interrupted runs resume with the
+    same batches. Where torch.distributed has begun, each process gives its own batches, and gradients are averaged."""
     device = next(model.parameters()).device
     groups: dict[tuple[bool, float], list] = {}
     for name, p in model.named_parameters():
         if not p.requires_grad: continue
         if (factor := rate(name)) == 0: p.requires_grad_(False)
         else: groups.setdefault((p.ndim == 2, factor), []).append(p)
-    opt = torch.optim.AdamW([dict(params=params, weight_decay=weight_decay * matrix, lr=lr * factor) for (matrix, factor), params in groups.items()],
-                            betas=(.9, .95), fused=device.type == "cuda")
+    opt = torch.optim.AdamW(
+        [
+            dict(params=params, weight_decay=weight_decay * matrix, lr=lr * factor)
+            for (matrix, factor), params in groups.items()
+        ],
+        betas=(0.9, 0.95),
+        fused=device.type == "cuda",
+    )
     schedule = get_cosine_with_min_lr_schedule_with_warmup(opt, warmup, steps, min_lr_rate=.1)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")  # small gradients would be zero in float16
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -243,16 +273,23 @@ def train(
     start, log, file = 0, [], None if file is None else Path(file)
     if file and file.exists():
         saved = torch.load(file, map_location=device, weights_only=True)
-        model.load_state_dict(saved["model"]), opt.load_state_dict(saved["opt"]), schedule.load_state_dict(saved["schedule"])
+        (
+            model.load_state_dict(saved["model"]),
+            opt.load_state_dict(saved["opt"]),
+            schedule.load_state_dict(saved["schedule"]),
+        )
         scaler.load_state_dict(saved["scaler"])
         start, log = saved["step"], saved["log"]
     model.train()
-    batches = DataLoader(range(start, steps), batch_size=None, collate_fn=batch, num_workers=workers, pin_memory=device.type == "cuda")
+    batches = DataLoader(
+        range(start, steps), batch_size=None, collate_fn=batch, num_workers=workers, pin_memory=device.type == "cuda"
+    )
     bar, seen, then = tqdm(batches, desc=label, total=steps, initial=start, mininterval=1.), 0, time.perf_counter()
     with compiled(model):  # the step of a small model mostly moves memory: compiled layers move half of it
         for step, (ids, weights) in enumerate(bar, start + 1):
             ids, weights = ids.to(device, non_blocking=True), weights.to(device, non_blocking=True)
-            with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"): value = loss(model, ids, weights)
+            with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
+                value = loss(model, ids, weights)
             scaler.scale(value).backward()
             _shared(model)
             scaler.unscale_(opt)
@@ -270,5 +307,14 @@ def train(
             if step % every == 0 or step == steps:
                 if look:  # before the run is saved: who is cut here, looks again
                     with torch.compiler.set_stance("force_eager"): look(step, model.eval()), model.train()
-                if file: _save(file, model=model.state_dict(), opt=opt.state_dict(), schedule=schedule.state_dict(), scaler=scaler.state_dict(), step=step, log=log)
+                if file:
+                    _save(
+                        file,
+                        model=model.state_dict(),
+                        opt=opt.state_dict(),
+                        schedule=schedule.state_dict(),
+                        scaler=scaler.state_dict(),
+                        step=step,
+                        log=log,
+                    )
     return log

@@ -21,10 +21,18 @@ from .restore import Copy, Mix, qk_restore
 restores = ("qk", "q", "k", "v", "o", "vo", "qkvo")  # projections of the softmax layers
 
 groups = {  # what else is restored from pre
-    "qk and norms": r"layers\.S\.self_attn\.[qk]_(proj|norm)|layers\.S\.input_layernorm", "softmax layers' gates": r"layers\.S\.self_attn\.o_gate", "softmax mixers": r"layers\.S\.self_attn",
-    "qk of linear layers": r"layers\.L\.self_attn\.[qk]_(proj|conv1d)", "vo of linear layers": r"layers\.L\.self_attn\.[vo]_(proj|conv1d)",
-    "qk of all layers": r"self_attn\.[qk]_(proj|conv1d)", "first linear mixer": r"layers\.F\.self_attn", "all mixers": r"self_attn",
-    "MLPs": r"\.mlp\.", "norms": r"norm\.weight", "embedding and head": r"embed_tokens|lm_head"}
+    "qk and norms": r"layers\.S\.self_attn\.[qk]_(proj|norm)|layers\.S\.input_layernorm",
+    "softmax layers' gates": r"layers\.S\.self_attn\.o_gate",
+    "softmax mixers": r"layers\.S\.self_attn",
+    "qk of linear layers": r"layers\.L\.self_attn\.[qk]_(proj|conv1d)",
+    "vo of linear layers": r"layers\.L\.self_attn\.[vo]_(proj|conv1d)",
+    "qk of all layers": r"self_attn\.[qk]_(proj|conv1d)",
+    "first linear mixer": r"layers\.F\.self_attn",
+    "all mixers": r"self_attn",
+    "MLPs": r"\.mlp\.",
+    "norms": r"norm\.weight",
+    "embedding and head": r"embed_tokens|lm_head",
+}
 
 
 def members(
@@ -56,7 +64,8 @@ def _largest(x: torch.Tensor, r: int) -> torch.Tensor:
 
 
 def variant(
-    name: str,      # one of `restores` or `groups`, or one of the names above, as in "average 0.9"; "qkvo on LiNeS 0.8": the first made of the second
+    name: str,  # one of `restores` or `groups`, or one of the names above, as in "average 0.9"; "qkvo on LiNeS 0.8":
+                # the first made of the second
     pre: dict,      # state dict before SFT, float32
     post: dict,     # and after
     config,         # of the model
@@ -73,7 +82,11 @@ def variant(
     qk = planned_tensors(config.to_dict())
     if name == "drift alone": return {**a, **{n: b[n] for n in qk}}
     if name == "random tensors":
-        g, shape, softmax = torch.Generator().manual_seed(seed), b[qk[0]].shape, planned_tensors(config.to_dict(), projections="qkvo")
+        g, shape, softmax = (
+            torch.Generator().manual_seed(seed),
+            b[qk[0]].shape,
+            planned_tensors(config.to_dict(), projections="qkvo"),
+        )
         others = [n for n in members("all mixers", b, config) if n not in softmax and b[n].shape == shape]
         return {**b, **{others[i]: a[others[i]] for i in torch.randperm(len(others), generator=g)[:len(qk)]}}
     if name == "noise":
@@ -81,7 +94,8 @@ def variant(
         noise = {n: torch.randn(a[n].shape, generator=g).to(a[n].device) for n in qk}
         return {**b, **{n: a[n] + x * (b[n] - a[n]).norm() / x.norm() for n, x in noise.items()}}
     kind, _, number = name.rpartition(" ")
-    if kind == "head" and (where := re.fullmatch(r"(\d+)\.(\d+)", number)): return restore(layers=[int(where[1])], heads=[int(where[2])])
+    if kind == "head" and (where := re.fullmatch(r"(\d+)\.(\d+)", number)):
+        return restore(layers=[int(where[1])], heads=[int(where[2])])
     try: x = float(number)
     except ValueError: kind = ""
     if kind == "average": return _mixed(a, b, lambda n: x)
@@ -189,7 +203,9 @@ def ramped(
     layers: int,   # of the model
 ) -> Ramp:
     "LiNeS: the change grows from layer to layer."
-    rule = f"of the change by fine-tuning {share:g} is kept at the embedding, all at the head, and linearly more between"
+    rule = (
+        f"of the change by fine-tuning {share:g} is kept at the embedding, all at the head, and linearly more between"
+    )
     return Ramp("LiNeS, arXiv 2410.17146", rule, lambda move: (1 - share) * (1 - _depth(move.post, layers)))
 
 
@@ -206,5 +222,7 @@ def dropped(
     seed: int = 0,
 ) -> Merge:
     "DARE with one fine-tuned model."
-    rule = f"of the change by fine-tuning {drop:g} is dropped at random (seed {seed}) and the rest divided by {1 - drop:g}"
+    rule = (
+        f"of the change by fine-tuning {drop:g} is dropped at random (seed {seed}) and the rest divided by {1 - drop:g}"
+    )
     return Merge("DARE, arXiv 2311.03099", rule, lambda name, pre, post: dare(pre, post, drop, seed_of(name, seed)))
