@@ -226,6 +226,17 @@ print(json.dumps(found))
     assert saved == json.loads((folder / "pre" / "config.json").read_text())["auto_map"] and len(saved) == 4
 
 
+def test_the_code_that_goes_along_needs_little(ours):
+    "transformers asks whoever opens a checkpoint for all that its code imports: only torch and itself here."
+    from transformers.dynamic_module_utils import get_imports
+    folder, _ = ours
+    needs = {name for path in (folder / "restored").glob("*.py") for name in get_imports(path)}
+    optional = {"fla", "triton"}  # imported inside functions that a GPU calls
+    assert {"torch", "transformers"} <= needs - set(sys.stdlib_module_names) <= {"torch", "transformers"} | optional
+    (folder / "wanting.py").write_text("from einops import rearrange\n")
+    assert get_imports(folder / "wanting.py") == ["einops"]  # it would be seen
+
+
 def test_without_trust_it_is_refused_elsewhere(ours):
     "Nothing that lies in a folder runs without a word."
     folder, _ = ours
