@@ -302,6 +302,8 @@ def local_folder(
     try:
         return Path(snapshot_download(name, revision=revision or None, token=token, ignore_patterns=pickled))
     except Exception as e:  # many kinds, of httpx too: not found, gated, no network, no such revision
+        if type(e).__name__ == "GatedRepoError":
+            raise CheckpointError(f"{name} is gated: ask for access on its page on the hub, then hf auth login") from e
         raise CheckpointError(
             f"no folder {x}, and the hub does not give it ({type(e).__name__}: {' '.join(str(e).split())[:40]}): "
             f"check name, revision, token (hf auth login), network"

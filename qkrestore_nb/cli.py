@@ -565,10 +565,14 @@ def needs(
 def _from_file(ctx: typer.Context, file: Path | None) -> None:
     "Options from a YAML file stand where the command line says nothing."
     if file is None: return
+    import difflib
+
     import yaml
     try:
         said = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+    except OSError as e:
+        raise CheckpointError(f"--config {file} cannot be opened ({e.strerror}): give a YAML file") from e
+    except (UnicodeDecodeError, yaml.YAMLError) as e:
         raise CheckpointError(
             f"--config {file} cannot be read as YAML ({type(e).__name__}): give names and values, as in lr: 1e-5"
         ) from e
@@ -579,9 +583,9 @@ def _from_file(ctx: typer.Context, file: Path | None) -> None:
         {p.name for p in ctx.command.params} - {"config", "help"},
     )
     if strange := sorted(given.keys() - known):
-        raise CheckpointError(
-            f"--config {file}: nothing is called {strange[0]!r} here; choose from {', '.join(sorted(known))}"
-        )
+        near = difflib.get_close_matches(strange[0], known, 1)
+        instead = f"write {near[0]}" if near else f"qkrestore {ctx.command.name} --help says what is"
+        raise CheckpointError(f"--config {file}: nothing is called {strange[0]!r} here; {instead}")
     ctx.default_map = given
 
 

@@ -16,10 +16,35 @@ from .moves import open_both, plan_sides
 from .note import Note, Row, note_dict, read_note, summary
 from .restore import Mix
 
-# %% ../nbs/11d_hub.ipynb #7c814ff1
+# %% ../nbs/11d_hub.ipynb #hubfront
 HEADING = "## QK-Restore"
+_FRONT = re.compile(r"\A---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", flags=re.S | re.M)
+_READ_FROM_HUB = re.compile(r"(.+/.+)@[0-9a-f]{40}")  # how a note names a source of the hub
 
 
+def _front_matter(
+    text: str,  # a card
+    note: Note,
+) -> str:
+    "The card with what the hub reads on top of it: lineage, licence, library, tags. Raises CheckpointError."
+    import yaml
+
+    found, adapter = _FRONT.match(text), note.left_out is not None
+    try:
+        data = dict(yaml.safe_load(found[1]) or {}) if found else {}
+    except (yaml.YAMLError, TypeError, ValueError) as e:
+        raise CheckpointError(f"README.md begins with YAML that cannot be read ({type(e).__name__}): mend it") from e
+    sources = [m[1] for m in map(_READ_FROM_HUB.fullmatch, (note.post, note.pre)) if m]
+    if sources and not (adapter and data.get("base_model")):
+        data["base_model"] = sources[-1:] if adapter else sources
+        data["base_model_relation"] = "adapter" if adapter else "merge" if len(sources) == 2 else "finetune"
+    tags = data.get("tags") or []
+    data["tags"] = list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), "qk-restore", "long-context"]))
+    data = dict(library_name="peft" if adapter else "transformers", license="unknown") | data
+    front = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    return f"---\n{front}---\n{text[found.end():] if found else text}"
+
+# %% ../nbs/11d_hub.ipynb #7c814ff1
 def _table(note: Note) -> list[str]:
     "What was written, or left out."
     if note.left_out is not None:
@@ -48,8 +73,8 @@ def _table(note: Note) -> list[str]:
 def model_card(
     folder: str | Path,  # the result of a restore
 ) -> str:
-    """The README.md of the result with a section on the restore; an older one of the same heading is replaced. Raises
-    CheckpointError where there is no note."""
+    """The README.md of the result with YAML for the hub and a section on the restore; an older one of the same heading
+    is replaced. Raises CheckpointError where there is no note."""
     folder, note = Path(folder), read_note(folder)
     text = (folder / "README.md").read_text() if (folder / "README.md").exists() else "# " + folder.name + "\n"
     text = re.sub(rf"\n*{HEADING}\n.*?(?=\n## |\n# |\Z)", "", text, flags=re.S).rstrip()
@@ -64,7 +89,7 @@ def model_card(
     ]
     return "\n".join(
         [
-            text,
+            _front_matter(text, note).rstrip(),
             "",
             HEADING,
             "",
@@ -85,7 +110,8 @@ def push_to_hub(
     token: str | None = None,  # of the hub; None: what huggingface_hub finds
     private: bool = True,  # of a new repository: nothing is published by accident
 ) -> str:
-    "Upload the result with its model card. The folder stays as it is. Returns the address."
+    """Upload the result with its model card. The folder stays as it is. Returns the address. Where the hub has a card
+    that no restore wrote, nothing is uploaded: CheckpointError."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
     folder, card, api = Path(folder), model_card(folder), HfApi(token=token)
@@ -99,6 +125,9 @@ def push_to_hub(
         if p.is_file() and p.name not in ("README.md", JOURNAL) and not p.name.endswith(".part")
     ]
     try:
+        there = api.file_exists(repo, "README.md")
+        if there and HEADING not in Path(api.hf_hub_download(repo, "README.md")).read_text():
+            raise CheckpointError(f"{repo} has a model card of its own: choose another name, or remove that card")
         api.create_repo(repo, private=private, exist_ok=True)
         done = api.create_commit(
             repo,
@@ -106,6 +135,8 @@ def push_to_hub(
             + [CommitOperationAdd("README.md", card.encode())],
             commit_message=f"{read_note(folder).method.split(',')[0]}: {summary(read_note(folder))}",
         )
+    except CheckpointError:
+        raise
     except Exception as e:
         raise CheckpointError(
             f"the hub does not take {repo} ({type(e).__name__}: {' '.join(str(e).split())[:50]}): check name, "
@@ -158,10 +189,12 @@ def mergekit_yaml(
         head = [f"  - model: {json.dumps(str(name))}", "    parameters:", "      weight:"]
         return head + _weights(moves, inside, outside)
 
+    own_code = "auto_map" in sides[1].config
     dtype = dict(BF16="bfloat16", F16="float16", F32="float32", F64="float64")[moves[0].dtype]
     return "\n".join(
         [
             f"# QK-Restore (arXiv 2606.11052). {what}",
+            *(["# its code lies beside its weights: mergekit-yaml --trust-remote-code"] if own_code else []),
             "merge_method: linear",
             f"base_model: {json.dumps(str(post))}",
             f"dtype: {dtype}",

@@ -7,6 +7,7 @@ __all__ = ['KEYS', 'VALUES', 'DIGITS', 'TOKENS', 'LOOK_UP', 'SUM', 'mqar_batch',
 # %% ../nbs/03_hybrid.ipynb #hy05imp0
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 # %% ../nbs/03_hybrid.ipynb #hy06data
@@ -44,10 +45,9 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, width)
         if not self.on: return torch.zeros_like(x)
-        B, T, width = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        return self.out(self.attend(q, k, v).transpose(1, 2).reshape(B, T, width))
+        q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
+        o = self.attend(q, k, v)
+        return self.out(rearrange(o, "b h t d -> b t (h d)"))
 
 # %% ../nbs/03_hybrid.ipynb #hy11soft
 class SoftmaxAttention(Mixer):

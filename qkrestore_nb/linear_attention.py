@@ -8,6 +8,7 @@ __all__ = ['FORMS', 'linear_attention_recurrent', 'decay_slopes', 'linear_attent
 # %% ../nbs/02_linear_attention.ipynb #779bfdc1
 import contextlib
 import functools
+import importlib
 import logging
 import os
 from types import ModuleType
@@ -143,6 +144,11 @@ _TILES = {  # the few tiles that are tried, by kernel: middle-sized ones, not co
 }
 
 
+def _fla(name: str) -> ModuleType:
+    "fla.ops.<name>. An import statement would make transformers ask whoever opens a checkpoint for fla, on a CPU too."
+    return importlib.import_module(f"fla.ops.{name}")
+
+
 @functools.cache
 def fla_kernels() -> ModuleType:
     "fla's simple_gla.chunk module with its autotuning narrowed. ImportError where fla is missing or too old."
@@ -153,15 +159,13 @@ def fla_kernels() -> ModuleType:
         raise ImportError("flash-linear-attention is not installed: pip install 'qkrestore_nb[gpu]'") from None
     if tuple(map(int, found.split(".")[:2])) < (0, 6):
         raise ImportError(f"flash-linear-attention {found} is too old: pip install -U 'flash-linear-attention>=0.6'")
-    import fla.ops.common.chunk_h
-    import fla.ops.common.chunk_o
-    import fla.ops.simple_gla.chunk
+    states, outputs, simple_gla = (_fla(n) for n in ("common.chunk_h", "common.chunk_o", "simple_gla.chunk"))
     if os.environ.get("QKRESTORE_AUTOTUNE") != "full":
         for name, keep in _TILES.items():
-            kernel = getattr(fla.ops.common.chunk_h if name.endswith("h") else fla.ops.common.chunk_o, name)
+            kernel = getattr(states if name.endswith("h") else outputs, name)
             while not hasattr(kernel, "configs"): kernel = kernel.fn
             kernel.configs = [c for c in kernel.configs if keep(c)] or kernel.configs
-    return fla.ops.simple_gla.chunk
+    return simple_gla
 
 
 _last: list = []  # documents, their version, their borders: every layer of a forward asks for the same, and each answer
@@ -182,20 +186,18 @@ def borders_of(documents: Tensor) -> Tensor:
 # %% ../nbs/02_linear_attention.ipynb #c643c76c
 def _kernel_arguments(q, k, v, decay, state, borders) -> dict:
     "What forward and backward tell the kernels alike; they count the decay in powers of two."
-    from fla.ops.utils import prepare_chunk_indices
-    from fla.ops.utils.constant import RCP_LN2
-
+    indices = None if borders is None else _fla("utils").prepare_chunk_indices(borders, 64)
     return dict(
         q=q.contiguous(),
         k=k.contiguous(),
         v=v.contiguous(),
         g=None,
-        g_gamma=decay * RCP_LN2,
+        g_gamma=decay * _fla("utils.constant").RCP_LN2,
         initial_state=state,
         scale=1.0,
         cu_seqlens=borders,
         chunk_size=64,
-        chunk_indices=None if borders is None else prepare_chunk_indices(borders, 64),
+        chunk_indices=indices,
     )
 
 
@@ -435,5 +437,5 @@ def delta_rule_chunked(q, k, v, decay, beta, state=None, chunk: int = 64) -> tup
 def delta_rule_triton(q, k, v, decay, beta, state=None) -> tuple[Tensor, Tensor]:
     "The gated delta rule in flash-linear-attention's kernels; GPU tensors. Arguments as in `delta_rule_recurrent`."
     fla_kernels()  # says what is missing
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-    return chunk_gated_delta_rule(q, k, v, decay, beta, scale=1.0, initial_state=state, output_final_state=True)
+    kernel = _fla("gated_delta_rule").chunk_gated_delta_rule
+    return kernel(q, k, v, decay, beta, scale=1.0, initial_state=state, output_final_state=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import overload
 
 import torch
+from einops import rearrange
 
 from .checkpoints import CheckpointError
 from .families import QK, Selection, known_family, layer_kinds, text_config
@@ -77,15 +78,13 @@ def solve_queries(
         )  # orthonormal: what the keys read
         U = U.to(dtype)
         return (post + ((delta @ U.mT) * share[..., None, :].to(dtype)) @ U).flatten(0, 1)
-    D, d = K.shape[1:]
-    delta = (
-        delta.unflatten(1, (-1, D)).transpose(1, 2).flatten(2)
-    )  # (n_kv, D, group d_model): the query heads of a key head side by side
+    D, d_model = K.shape[1:]
+    delta = rearrange(delta, "n (g d) m -> n d (g m)", d=D)  # a key head's query heads side by side
     if factor:
         lost = factor[1] * torch.cholesky_solve(delta, factor[0])
     else:
         lost = (V * (1 - share)[..., None, :]).to(dtype) @ (V.mT.to(dtype) @ delta)
-    return (pre - lost.unflatten(2, (-1, d)).transpose(1, 2).flatten(1, 2)).flatten(0, 1)
+    return (pre - rearrange(lost, "n d (g m) -> n (g d) m", m=d_model)).flatten(0, 1)
 
 # %% ../nbs/09_procrustes.ipynb #5736dfd6
 def _assign(score):
@@ -159,9 +158,8 @@ def procrustes_align(
     dtype, D = torch.promote_types(q_pre.dtype, torch.float32), len(k_pre) // n_kv
     if family == "planes" and D % 2:
         raise ValueError(f"heads of {D} dimensions have no planes: RoPE needs an even number")
-    a, b, c, e = (
-        w.to(dtype).unflatten(0, (n_kv, -1, D)) for w in (q_pre, q_post, k_pre, k_post)
-    )  # (n_kv, heads, D, d_model)
+    by_head = [rearrange(w.to(dtype), "(n g d) m -> n g d m", n=n_kv, d=D) for w in (q_pre, q_post, k_pre, k_post)]
+    a, b, c, e = by_head
     M = (a @ b.mT).sum(1) + (c @ e.mT).sum(1)
     if not M.isfinite().all():
         raise ValueError("the weights hold NaN or inf, or are so large that their products do: align sound ones")
@@ -171,7 +169,8 @@ def procrustes_align(
     else:
         gains = torch.ones(D, device=M.device) if gains is None else gains
         A = torch.stack([_signs(m, gains) if family == "signs" else _planes(m) for m in M])
-    return (A.mT[:, None] @ a).flatten(0, 2), (A.mT[:, None] @ c).flatten(0, 2), A
+    q, k = (rearrange(A.mT[:, None] @ w, "n g d m -> (n g d) m") for w in (a, c))
+    return q, k, A
 
 # %% ../nbs/09_procrustes.ipynb #e766612d
 def logits(
@@ -183,7 +182,7 @@ def logits(
     rope_theta: float | None = None,  # None: no RoPE
 ) -> torch.Tensor:
     "What a softmax layer compares: (H, T, T), before the mask."
-    heads = [(x @ w.mT.to(x.dtype)).unflatten(-1, (-1, len(k) // n_kv))[None] for w in (q, k)]  # (1, T, H, D)
+    heads = [rearrange(x @ w.mT.to(x.dtype), "t (h d) -> 1 t h d", d=len(k) // n_kv) for w in (q, k)]
     if gains is not None:
         heads = [rms_norm(y, g.to(y.dtype)) for y, g in zip(heads, gains, strict=True)]
     if rope_theta:

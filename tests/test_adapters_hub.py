@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import yaml
 from conftest import KINDS, NAME, snapshot, write_checkpoint
 from safetensors.torch import load_file, save_file
 
@@ -291,14 +292,79 @@ def test_the_model_card(pair, tmp_path):
     out = qk_restore(*pair, out=tmp_path / "out", strength=.5)
     before, card = snapshot(out), hub.model_card(out)
     note = json.loads((out / "qk_restore.json").read_text())
-    assert card.startswith("# model 2\n") and card.count("## QK-Restore") == 1 and "arxiv.org/abs/2606.11052" in card and "strength: 0.5" in card
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front == dict(library_name="transformers", license="unknown", tags=["qk-restore", "long-context"])  # no path of this machine
+    assert card.split("---\n")[2].startswith("# model 2\n") and card.count("## QK-Restore") == 1 and "arxiv.org/abs/2606.11052" in card and "strength: 0.5" in card
     assert all(r["sha256_restored"] in card and r["tensor"] in card for r in note["tensors"]) and str(pair[0]) in card
     (out / "README.md").write_text(card + "\n## More\nmine\n")
     again = hub.model_card(out)
     assert again.count("## QK-Restore") == 1 and "## More\nmine" in again
+    assert again.count("---\n") == card.count("---\n") and again.startswith(card.split("# model 2")[0])
     (out / "README.md").write_text("# model 2\n")
     assert snapshot(out)["README.md"][2] == before["README.md"][2]
     with pytest.raises(CheckpointError, match="not the result"): hub.model_card(pair[1])
+
+
+@pytest.mark.parametrize("pre, post, adapter, head, expected", [
+    ("me/a@", "me/b@", False, "", dict(base_model=["me/b", "me/a"], base_model_relation="merge")),
+    ("me/a@", "runs/b", False, "base_model: other/x\nlicense: mit\ntags: chat", dict(base_model=["me/a"], base_model_relation="finetune", license="mit", tags=["chat", "qk-restore", "long-context"])),
+    ("runs/a", "runs/b", False, "base_model: other/x", dict(base_model="other/x")),
+    ("me/a@", "me/b@", True, "base_model: other/x", dict(base_model="other/x", library_name="peft")),
+    ("me/a@", "runs/b", True, "", dict(base_model=["me/a"], base_model_relation="adapter")),
+])
+def test_what_the_hub_reads_of_a_card(pre, post, adapter, head, expected):
+    "Lineage from what came from the hub; what post's card says stays."
+    from huggingface_hub import ModelCard
+
+    from qkrestore_nb.families import Selection
+    from qkrestore_nb.note import Note
+    commit = lambda name: name + "c" * 40 if name.endswith("@") else name
+    note = Note("QK-Restore", commit(pre), commit(post), Selection(), [], left_out=[] if adapter else None)
+    card = hub._front_matter((f"---\n{head}\n---\n" if head else "") + "# Mine\n---\nend\n", note)
+    data = ModelCard(card).data.to_dict()  # as the hub's own library reads it
+    assert data.items() >= expected.items() and card.endswith("---\n# Mine\n---\nend\n")
+    assert hub._front_matter(card, note) == card
+
+
+@pytest.mark.parametrize("head", ["tags: [x", "just words"])
+def test_a_card_whose_yaml_is_broken(pair, tmp_path, head):
+    out = qk_restore(*pair, out=tmp_path / "out")
+    (out / "README.md").write_text(f"---\n{head}\n---\n# x\n")
+    with pytest.raises(CheckpointError, match="YAML that cannot be read") as said: hub.push_to_hub(out, "me/fixed")
+    assert "\n" not in str(said.value) and len(str(said.value)) <= 160
+
+
+@pytest.mark.parametrize("theirs, stays", [("# Somebody's model\n", True), ("# ours\n\n## QK-Restore\n\nold\n", False)])
+def test_a_card_that_exists(pair, tmp_path, monkeypatch, theirs, stays):
+    "One that a restore did not write is left alone, and nothing is sent."
+    import huggingface_hub
+    done, card = [], tmp_path / "theirs.md"
+    card.write_text(theirs)
+    class Api:
+        def __init__(self, token=None): pass
+        def file_exists(self, repo, name): return name == "README.md"
+        def hf_hub_download(self, repo, name): return str(card)
+        def create_repo(self, repo, **kw): done.append("repo")
+        def create_commit(self, repo, operations, commit_message): done.append("commit")
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    out = qk_restore(*pair, out=tmp_path / "out")
+    if stays:
+        with pytest.raises(CheckpointError, match="me/x has a model card of its own"): hub.push_to_hub(out, "me/x")
+    else: hub.push_to_hub(out, "me/x")
+    assert done == ([] if stays else ["repo", "commit"])
+
+
+def test_a_gated_repository(monkeypatch, tmp_path, capsys):
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError
+    from test_cli import call
+    error = GatedRepoError.__new__(GatedRepoError)  # its own constructor wants the answer of a server
+    Exception.__init__(error, "403 Client Error.\n\nAccess is restricted")
+    def refused(name, **kw): raise error
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refused)
+    assert call("restore", "me/pre", "me/post", tmp_path / "out") == 2 and not (tmp_path / "out").exists()
+    said = capsys.readouterr().err
+    assert "me/pre is gated: ask for access on its page on the hub, then hf auth login" in said and said.count("\n") == 1
 
 
 def test_push(pair, tmp_path, monkeypatch):
@@ -306,6 +372,7 @@ def test_push(pair, tmp_path, monkeypatch):
     out, done = qk_restore(*pair, out=tmp_path / "out"), {}
     class Api:
         def __init__(self, token=None): done["token"] = token
+        def file_exists(self, repo, name): return False
         def create_repo(self, repo, **kw): done["repo"] = (repo, kw)
         def create_commit(self, repo, operations, commit_message):
             done["files"] = {o.path_in_repo: o.path_or_fileobj for o in operations}

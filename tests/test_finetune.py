@@ -435,7 +435,7 @@ def test_the_command_takes_a_file_of_options(base, tmp_path, capsys, monkeypatch
 
 
 @pytest.mark.parametrize("text, line, says", [
-    ("rate: 1\n", [], "nothing is called 'rate' here"), ("- 1\n", [], "holds no names and values"), ("a: [\n", [], "cannot be read as YAML"), (None, [], "cannot be read as YAML"),
+    ("rate: 1\n", [], "nothing is called 'rate' here"), ("stepz: 1\n", [], "'stepz' here; write steps"), ("zzz: 1\n", [], "qkrestore finetune --help says what is"), ("- 1\n", [], "holds no names and values"), ("a: [\n", [], "cannot be read as YAML"), (None, [], "cannot be opened (No such file or directory): give a YAML file"),
     ("steps: many\n", [], "valid integer"), ("", ["--freeze", "qk", "--rank", "4"], "--freeze qk does not fit"), ("", ["--spare", "qk"], "--spare qk does not fit"),
     ("", ["--freeze", "vo"], "only qk"), ("", ["--freeze", "qk", "--qk-lr", ".5"], "say two things"), ("", ["--report-to", "paper"], "no tracker is called")])
 def test_options_that_do_not_fit(base, tmp_path, capsys, text, line, says):

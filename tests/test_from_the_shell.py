@@ -1,6 +1,6 @@
 """Foreign commands on a HypeNet folder, in processes that do not import this package: lm_eval, trl sft, mergekit-yaml.
 
-A minute and a half, once a week: FOREIGN_TESTS=1 asks for lm_eval and trl, MERGEKIT=PATH/TO/mergekit-yaml for mergekit,
+Four minutes, once a week: FOREIGN_TESTS=1 asks for lm_eval and trl, MERGEKIT=PATH/TO/mergekit-yaml for mergekit,
 which wants an environment of its own."""
 import json
 import os
@@ -13,6 +13,7 @@ import torch
 from conftest import small_hybrid, small_tokenizer
 from safetensors.torch import load_file
 
+from qkrestore_nb.checkpoints import CheckpointError
 from qkrestore_nb.hub import mergekit_yaml
 from qkrestore_nb.restore import qk_restore
 
@@ -117,3 +118,29 @@ def test_mergekit_stops_without_trust(folder, mergekit):
     done = shell(mergekit, "recipe.yaml", "refused", cwd=folder)
     assert done.returncode != 0 and "trust_remote_code" in done.stderr
     assert not list((folder / "refused").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("family, lost", [
+    *((name, 0) for name in ("gemma3_text", "olmo3", "smollm3", "lfm2", "falcon_h1", "granitemoehybrid", "bamba")),
+    ("olmo_hybrid", 12), ("jamba", 24)])
+def test_mergekit_on_other_families(tmp_path, mergekit, monkeypatch, family, lost):
+    "Bit for bit what it writes; of two families it leaves out tensors, which chapter 11d says."
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks" / "checks")
+    from serve import written
+    written(family, tmp_path)
+    (tmp_path / "recipe.yaml").write_text(mergekit_yaml(tmp_path / "pre", tmp_path / "post"))
+    done = shell(mergekit, "recipe.yaml", "merged", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    files = {name: sorted((tmp_path / name).glob("*.safetensors")) for name in ("merged", "restored")}
+    theirs, ours = ({k: t for p in paths for k, t in load_file(p).items()} for paths in files.values())
+    assert len(ours.keys() - theirs.keys()) == lost and theirs.keys() <= ours.keys()
+    assert all(torch.equal(theirs[k], ours[k]) for k in theirs)
+
+
+def test_a_recipe_that_mergekit_cannot_follow(tmp_path, monkeypatch):
+    "Rows of a gated projection: said before a recipe is written."
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks" / "checks")
+    from serve import written
+    written("qwen3_next", tmp_path)
+    with pytest.raises(CheckpointError, match="which mergekit cannot say"):
+        mergekit_yaml(tmp_path / "pre", tmp_path / "post")

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-heavy = ("torch", "transformers", "numpy", "matplotlib")
+heavy = ("torch", "transformers", "numpy", "matplotlib", "einops")
 
 
 @pytest.mark.parametrize("module, absent", [(m, heavy) for m in ("restore", "checkpoints", "families", "moves", "note", "in_place", "inspection", "adapters", "hub", "cli")])
@@ -16,5 +16,5 @@ def test_light_imports(module, absent):
 def test_restoring_folders_does_not_import_torch(pair, tmp_path):
     code = ("import sys\nfrom qkrestore_nb.cli import main\n"
             "try: main(sys.argv[1:])\nexcept SystemExit as e: assert not e.code\n"
-            "assert not {'torch', 'transformers', 'matplotlib'} & sys.modules.keys()")
+            "assert not {'torch', 'transformers', 'matplotlib', 'einops'} & sys.modules.keys()")
     subprocess.run([sys.executable, "-c", code, "restore", *map(str, pair), str(tmp_path / "out")], check=True, stdout=subprocess.DEVNULL)

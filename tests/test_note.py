@@ -62,6 +62,7 @@ def test_what_is_pushed_says_it_too(solvable, tmp_path, monkeypatch):
     said = []
     class Api:
         def __init__(self, token=None): pass
+        def file_exists(self, repo, name): return False
         def create_repo(self, repo, **kw): pass
         def create_commit(self, repo, operations, commit_message): said.append(commit_message)
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)

@@ -176,9 +176,9 @@ load = lambda auto, name, **more: auto.from_pretrained(f"{folder}/{name}", trust
 """
 
 
-def elsewhere(code: str, folder: Path) -> str:
+def elsewhere(code: str, folder: Path, **more: str) -> str:
     "What a fresh process without the package prints, whose transformers has seen no code before."
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | dict(HF_HOME=str(folder / "hub"), CUDA_VISIBLE_DEVICES="")
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | dict(HF_HOME=str(folder / "hub"), CUDA_VISIBLE_DEVICES="", **more)
     done = subprocess.run([sys.executable, "-c", WITHOUT + code, str(folder)], cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -224,6 +224,30 @@ print(json.dumps(found))
     for name in ("pre", "restored", "again"): assert {p.name for p in (folder / name).glob("*.py")} == code
     saved = json.loads((folder / "again" / "config.json").read_text())["auto_map"]
     assert saved == json.loads((folder / "pre" / "config.json").read_text())["auto_map"] and len(saved) == 4
+
+
+def test_the_code_that_goes_along_needs_little(ours):
+    "Of each file of a hub repository transformers asks for all that is imported, inside functions too: only torch here."
+    from transformers.dynamic_module_utils import get_imports
+    folder, _ = ours
+    needs = {name for path in (folder / "restored").glob("*.py") for name in get_imports(path)}
+    assert needs - set(sys.stdlib_module_names) == {"torch", "transformers"}
+    (folder / "wanting.py").write_text("def f():\n    from fla.ops import x\n")
+    assert get_imports(folder / "wanting.py") == ["fla"]  # it would be seen
+
+
+def test_hypenet_is_loaded_from_a_hub_repository(ours):
+    "Not from a folder: transformers fetches and checks the files of code one by one."
+    folder, expected = ours
+    repo, commit = folder / "hub" / "hub" / "models--some--hypenet", "0" * 40
+    shutil.copytree(folder / "restored", repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    said = elsewhere("""
+model = AutoModelForCausalLM.from_pretrained("some/hypenet", trust_remote_code=True).eval()
+with torch.no_grad(): print(model(ids).logits.double().sum().item())
+""".replace("import os\nos.environ[\"HF_HUB_OFFLINE\"] = \"1\"\n", ""), folder, HF_HUB_OFFLINE="1")
+    assert float(said.splitlines()[-1]) == pytest.approx(expected["restored"], abs=1e-3)
 
 
 def test_without_trust_it_is_refused_elsewhere(ours):

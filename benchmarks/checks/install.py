@@ -1,8 +1,10 @@
 """How long each extra takes to install in a fresh environment, and how large it is: `python benchmarks/checks/install.py`.
 
-    python benchmarks/checks/install.py --extras "" docs notebooks real train eval dev --out results/install.json
+    python benchmarks/checks/install.py --out results/install.json        # all of them
+    python benchmarks/checks/install.py --extras gpu --out results/install.json
 
-One at a time, with a C compiler that refuses: what needs one fails, and its row says so."""
+One at a time, with a C compiler that refuses: what needs one fails, and its row says so. Each row has its date and the
+machine's load before it; rows of other extras stay in the file."""
 import argparse
 import json
 import os
@@ -44,14 +46,15 @@ def main() -> None:
     parser.add_argument("--constraints", default=str(ROOT / ".ci" / "constraints.txt"), help='"" for none')
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "install.json")
     args = parser.parse_args()
-    rows = {}
-    for extra in args.extras:
-        rows[extra or "no extra"] = installed(extra, ["-c", args.constraints] if args.constraints else [])
-        print(extra or "no extra", rows[extra or "no extra"], flush=True)
-        config = dict(constraints=bool(args.constraints), cores=os.cpu_count(), load=round(os.getloadavg()[0], 1))
-        date = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+    rows = json.loads(args.out.read_text())["extras"] if args.out.exists() else {}
+    for name in args.extras:
+        then, load = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), round(os.getloadavg()[0], 1)
+        row = installed(name, ["-c", args.constraints] if args.constraints else [])
+        rows[name or "no extra"] = dict(date=then, load=load) | row
+        print(name or "no extra", rows[name or "no extra"], flush=True)
+        config = dict(constraints=bool(args.constraints), cores=os.cpu_count())
         wall, versions = round(sum(r["seconds"] for r in rows.values()), 1), dict(python=platform.python_version())
-        record = dict(seed=0, config=config, date=date, versions=versions, device=f"CPU, {os.cpu_count()} cores",
+        record = dict(seed=0, config=config, date=then, versions=versions, device=f"CPU, {os.cpu_count()} cores",
                       wall_s=wall, extras=rows)
         args.out.write_text(json.dumps(record, indent=1) + "\n")
 
