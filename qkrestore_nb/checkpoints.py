@@ -18,7 +18,7 @@ import shutil
 import stat
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -478,6 +478,7 @@ def write_whole(
     path: Path,             # to be made or replaced; a link there is replaced, not followed
     parts,                  # bytes, one piece after another
     mode: int = 0o644,      # who may read it
+    sync: bool = True,      # wait until the disk has it
 ) -> None:
     "A file that is there as a whole or not at all."
     fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)  # a new file, under a name that nobody can have prepared
@@ -487,9 +488,9 @@ def write_whole(
             os.fchmod(fd, mode)
             for piece in parts: f.write(piece)
             f.flush()
-            os.fsync(fd)
+            if sync: os.fsync(fd)
         part.replace(path)
-        to_disk(path.parent)
+        if sync: to_disk(path.parent)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
@@ -612,20 +613,64 @@ def scratch(
         yield work
 
 # %% ../nbs/11_checkpoints.ipynb #0b11a015
-class _Writer:
-    "Starts to bring files to the disk while others are still copied: the disk need not wait for us, nor we for it."
-    def __init__(self): self.threads, self.errors = [], []
+def _side_by_side(
+    work: Callable,  # with one item
+    items: Iterable,
+    stop: threading.Event,  # is set by an error or a signal, and no item is begun after it
+) -> None:
+    """Work on a few items at a time, since one thread fills no disk. Raises the first error, when nothing is at work any
+    more. Threads are not joined, because a signal may come while one starts."""
+    todo, busy, errors, state = [*items][::-1], [], [], threading.Condition()
 
-    def start(self, path: Path):
-        def work():
-            try: to_disk(path)
-            except OSError as e: self.errors.append(e)
-        self.threads.append(threading.Thread(target=work))
-        self.threads[-1].start()
+    def run() -> None:
+        while True:
+            with state:
+                if stop.is_set() or not todo:
+                    return
+                busy.append(item := todo.pop())
+            try:
+                work(item)
+            except BaseException as e:
+                errors.append(e)
+                stop.set()
+            with state:
+                busy.remove(item)
+                state.notify_all()
 
-    def wait(self):
-        for t in self.threads: t.join()
-        if self.errors: raise self.errors[0]
+    try:
+        for _ in range(min(4, os.cpu_count() or 1)):
+            threading.Thread(target=run).start()
+        with state:
+            state.wait_for(lambda: not busy and (stop.is_set() or not todo))
+    finally:
+        stop.set()
+        with state:
+            state.wait_for(lambda: not busy)
+    if errors:
+        raise errors[0]
+
+
+def _copy_all(
+    pairs: list[tuple[str, str]],  # (file, its copy)
+    progress: Callable[[int], None] | None,
+    sync: bool,
+) -> None:
+    "Copy files; each goes to the disk while others are still copied."
+    stop, one = threading.Event(), threading.Lock()
+
+    def told(n: int) -> None:
+        if stop.is_set():
+            raise CheckpointError("another copy failed")  # ends this thread; the other's error is the one that is raised
+        if progress:
+            with one:
+                progress(n)
+
+    def copy(pair: tuple[str, str]) -> None:
+        copy_file(pair[0], pair[1], told)
+        if sync:
+            to_disk(Path(pair[1]))
+
+    _side_by_side(copy, pairs, stop)
 
 
 def arrive(
@@ -644,30 +689,37 @@ def arrive(
 
 @contextmanager
 def new_folder(
-    post: str | Path,                                 # the folder to start from: a hub snapshot of links becomes regular files
-    out: str | Path,                                  # the final name, checked by `check_out`
-    progress: Callable[[int], None] | None = None,    # is told bytes as they are copied
+    post: str | Path,  # the folder to start from: a hub snapshot of links becomes regular files
+    out: str | Path,  # the final name, checked by `check_out`
+    progress: Callable[[int], None] | None = None,  # is told bytes as they are copied
+    sync: bool = True,  # wait until the disk has all of it
 ) -> Iterator[Path]:
-    "A copy of `post` under a temporary name, to be worked on; renamed to `out` at the end, removed if anything fails. A journal is not copied."
-    post, out, writer = Path(post), Path(out).absolute(), _Writer()
-    def copy(a, b):
-        copy_file(a, b, progress)
-        if os.stat(b).st_size > 1 << 24: writer.start(b)
+    """A copy of `post` under a temporary name, to be worked on; renamed to `out` at the end, removed if anything fails.
+    A journal is not copied."""
+    post, out = Path(post), Path(out).absolute()
+    pairs: list[tuple[str, str]] = []
+
     def skip(folder, names):
-        for name in names: check_link(Path(folder, name), post)
+        for name in names:
+            check_link(Path(folder, name), post)
         return [n for n in names if Path(folder) == post and (n == JOURNAL or _files.fullmatch(n))]
+
     with scratch(out) as work:
         part = work / "new"
         try:
-            try: shutil.copytree(post, part, copy_function=copy, ignore=skip)
-            finally: writer.wait()
-        except shutil.Error as e: raise CheckpointError(f"{post} could not be copied: {e.args[0][0][2]}") from e
+            shutil.copytree(post, part, copy_function=lambda a, b: pairs.append((a, b)), ignore=skip)
+            _unlock(part)
+            _copy_all(pairs, progress, sync)
+        except OSError as e:
+            why = e.args[0][0][2] if isinstance(e, shutil.Error) else e
+            raise CheckpointError(f"{post} could not be copied: {why}") from e
         _unlock(part)
         yield part
-        for path in sorted(part.rglob("*")): to_disk(path)
-        to_disk(part)
+        if sync:
+            _side_by_side(to_disk, [*part.rglob("*"), part], threading.Event())
         arrive(part, out)
-        to_disk(out.parent)
+        if sync:
+            to_disk(out.parent)
 
 # %% ../nbs/11_checkpoints.ipynb #0b11a017
 def _looked_at(path: Path) -> Leftover | None:

@@ -58,13 +58,14 @@ def write_journal(
 def write_result(
     folder: str | Path,  # the result of a restore
     note: Note,  # what was done
+    sync: bool = True,  # wait until the disk has it
 ) -> None:
     "The note into the folder; where post was itself the result of a restore, with what was done to it before."
     try:
         before = raw_note(folder) if note.left_out is None else None
     except CheckpointError:
         before = None  # in place this was refused before anything was written
-    write_note(folder, json.dumps(strict(note_dict(replace(note, before=before))), indent=1, allow_nan=False) + "\n")
+    write_note(folder, json.dumps(strict(note_dict(replace(note, before=before))), indent=1, allow_nan=False) + "\n", sync)
 
 
 @contextmanager
@@ -97,11 +98,12 @@ def journaled(
 def write_note(
     folder: str | Path,  # the checkpoint
     text: str | None,    # the new content of qk_restore.json; None removes it
+    sync: bool = True,   # wait until the disk has it
 ) -> None:
     "Replace the note of what was done, as a whole."
     path = Path(folder) / NOTE
     if text is None: path.unlink(missing_ok=True)
-    else: write_whole(path, [text.encode()], _mode(path.parent))
+    else: write_whole(path, [text.encode()], _mode(path.parent), sync)
 
 
 def strict(
