@@ -638,7 +638,7 @@ def _side_by_side(
                 state.notify_all()
 
     try:
-        for _ in range(min(4, os.cpu_count() or 1)):
+        for _ in range(4):
             threading.Thread(target=run).start()
         with state:
             state.wait_for(lambda: not busy and (stop.is_set() or not todo))
@@ -655,18 +655,22 @@ def _copy_all(
     progress: Callable[[int], None] | None,
     sync: bool,
 ) -> None:
-    "Copy files; each goes to the disk while others are still copied."
+    """Copy files. With sync the disk is what takes time, so it gets the first file as soon as it can be, and then others
+    while they are copied one by one; without, several are copied at a time."""
     stop, one = threading.Event(), threading.Lock()
+    lanes = threading.Semaphore(1 if sync else min(4, os.cpu_count() or 1))
 
     def told(n: int) -> None:
         if stop.is_set():
             raise CheckpointError("another copy failed")  # ends this thread; the other's error is the one that is raised
-        if progress:
+        if progress and n:
             with one:
                 progress(n)
 
     def copy(pair: tuple[str, str]) -> None:
-        copy_file(pair[0], pair[1], told)
+        with lanes:
+            told(0)
+            copy_file(pair[0], pair[1], told)
         if sync:
             to_disk(Path(pair[1]))
 

@@ -3,9 +3,9 @@
     python benchmarks/speed/pro_files.py results/pro_files-9b.json --in-place
 
 36 layers, 9 of them softmax, of the real shapes (d_model 4096, 32 and 8 heads of 128), the rest filled up to 17.7 GB in
-8 shards; of pre only what a restore reads is on the disk. Restore and QK-Pro are processes of their own. The solves are
-`solve_queries` on the same numbers in float32, in a process that has torch already; how long torch takes to import is
-measured apart."""
+8 shards. With `--in-place` only Q and K are on the disk, and the other tensors, which nobody reads then, are holes.
+Restore and QK-Pro are processes of their own. The solves are `solve_queries` on the same numbers in float32, in one
+that has torch already; how long torch takes to import is measured apart."""
 import argparse
 import json
 import os
@@ -64,7 +64,8 @@ def main() -> None:
         ways[f"solves, {space}"] = lambda space=space: solves(space)
     try:
         shape = dict(hidden=D_MODEL, layers=LAYERS, softmax=range(3, LAYERS, 4), shards=8, q=H * D, k=N_KV * D)
-        write_pair(root, args.gb, holes=True, **shape, num_attention_heads=H, num_key_value_heads=N_KV, head_dim=D)
+        heads = dict(num_attention_heads=H, num_key_value_heads=N_KV, head_dim=D)
+        write_pair(root, args.gb, args.in_place, **shape, **heads)
         load = [os.getloadavg()[0]]
         took = interleaved(ways, args.runs, out)
         load.append(os.getloadavg()[0])

@@ -4,8 +4,8 @@
 
 Random bf16 shards, a pair of them; 6 of 24 layers are softmax. Each way is run in turn, --runs times, as a process of its own; medians are
 reported, with the peak memory of the process. The output of every way is removed outside the clock, and the disk is synced before each start.
-Python's bytecode is there, as pip leaves it. `--holes` leaves out what no restore reads of pre, for sizes that the disk has no room for twice;
-then the ways that read all of pre are left out, too. `--dir` may lie on a file system that shares blocks (btrfs, XFS)."""
+Python's bytecode is there, as pip leaves it. `--in-place` is for sizes that the disk has no room for: only what a restore in place reads and writes
+is on it, the other tensors are holes, and nothing is copied. `--dir` may lie on a file system that shares blocks (btrfs, XFS)."""
 import argparse
 import json
 import os
@@ -43,7 +43,7 @@ def write_pair(root: Path, gb: float, holes: bool = False, hidden=1024, layers=L
                 for part, rows in (("self_attn.q_proj", q), ("self_attn.k_proj", k), ("mlp.up_proj", per_layer - q - k)):
                     size, tensor = 2 * rows * hidden, f"model.layers.{i}.{part}.weight"
                     header[tensor] = dict(dtype="BF16", shape=[rows, hidden], data_offsets=[at, at + size])
-                    parts.append((at, size, holes and name == "pre" and not (i in softmax and "attn" in part)))
+                    parts.append((at, size, holes and not (i in softmax and "attn" in part)))
                     at, where[tensor] = at + size, file
             text = json.dumps(header).encode()
             with open(root / name / file, "wb") as f:
@@ -110,7 +110,7 @@ def main():
     p.add_argument("--gb", type=float, default=1.), p.add_argument("--runs", type=int, default=9), p.add_argument("--out", type=Path, required=True)
     p.add_argument("--dir", type=Path, default=Path("."), help="where to put the files: the disk that is measured")
     p.add_argument("--mergekit", help="a mergekit-yaml of another environment; without it that way is left out")
-    p.add_argument("--without-loading", action="store_true"), p.add_argument("--holes", action="store_true")
+    p.add_argument("--without-loading", action="store_true"), p.add_argument("--in-place", action="store_true")
     args = p.parse_args()
     root, py = Path(tempfile.mkdtemp(prefix="restore-files-", dir=args.dir)).absolute(), sys.executable
     pre, post, out = root / "pre", root / "post", root / "out"
@@ -128,12 +128,13 @@ def main():
             "qkrestore restore --no-sync": lambda: restore(out, "--no-sync"),
             "qkrestore restore --in-place (journal, fsync)": in_place, "qkrestore inspect": lambda: run(root, py, "-c", CLI, "inspect", post),
             "qkrestore --version (start-up)": lambda: run(root, py, "-c", CLI, "--version")}
-    if not (args.without_loading or args.holes): ways["safetensors load, replace, save, by shard"] = lambda: run(root, py, "-c", LOAD_SAVE, pre, post, out)
-    if args.mergekit and not args.holes:
+    if not args.without_loading: ways["safetensors load, replace, save, by shard"] = lambda: run(root, py, "-c", LOAD_SAVE, pre, post, out)
+    if args.mergekit:
         more = ("--trust-remote-code", "--no-write-model-card", "--quiet")
         ways["mergekit-yaml"] = lambda: run(root, args.mergekit, root / "recipe.yaml", out, *more, own_path=False)
+    if args.in_place: ways = {n: way for n, way in ways.items() if "in-place" in n or "inspect" in n or "version" in n}
     try:
-        write_pair(root, args.gb, args.holes)
+        write_pair(root, args.gb, args.in_place)
         from qkrestore_nb.hub import mergekit_yaml
         from qkrestore_nb.inspection import inspect_checkpoint
         seen = inspect_checkpoint(post)
@@ -144,13 +145,14 @@ def main():
     finally: shutil.rmtree(root, ignore_errors=True)
     median = {n: statistics.median(s for s, _ in t) for n, t in took.items()}
     from qkrestore_nb.core import provenance
-    result = provenance(0, gb=args.gb, shards=SHARDS, runs=args.runs, holes=args.holes, share=seen["moved_bytes"] / seen["bytes"], bytes=seen["bytes"], moved_bytes=seen["moved_bytes"],
+    result = provenance(0, gb=args.gb, shards=SHARDS, runs=args.runs, holes=args.in_place, share=seen["moved_bytes"] / seen["bytes"], bytes=seen["bytes"], moved_bytes=seen["moved_bytes"],
                         file_system=subprocess.run(["stat", "-f", "-c", "%T", str(args.dir)], capture_output=True, text=True).stdout.strip())
     result["load_before_and_after"] = load
-    result["ways"] = {n: dict(median_s=m, seconds=[round(s, 4) for s, _ in took[n]], x_cp=m / median["cp -r"], x_cp_fsync=m / median["cp -r, fsync"],
+    beside = {key: median[cp] for key, cp in (("x_cp", "cp -r"), ("x_cp_fsync", "cp -r, fsync")) if cp in median}
+    result["ways"] = {n: dict(median_s=m, seconds=[round(s, 4) for s, _ in took[n]], **{key: m / s for key, s in beside.items()},
                               rss_mb=max(mb for _, mb in took[n]) or None) for n, m in median.items()}
     args.out.write_text(json.dumps(result, indent=1) + "\n")
-    for n, r in result["ways"].items(): print(f"{n:50} {r['median_s']:8.3f} s  {r['x_cp']:6.2f} x cp  {r['x_cp_fsync']:6.2f} x cp+fsync  {r['rss_mb'] or 0:6.0f} MB")
+    for n, r in result["ways"].items(): print(f"{n:50} {r['median_s']:8.3f} s ", *(f"{r[key]:6.2f} {key}" for key in beside), f" {r['rss_mb'] or 0:6.0f} MB")
 
 
 if __name__ == "__main__": main()
