@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['vocabulary', 'token_id', 'digits', 'letters', 'keys', 'words', 'tests', 'encode', 'decode', 'ids_of', 'tokenizer',
-           'noise', 'essay', 'draw_keys', 'items', 'needle_rows', 'recall_test', 'answer_logits', 'looked_up', 'Score',
-           'score']
+           'speaks_recall', 'noise', 'essay', 'draw_keys', 'items', 'needle_rows', 'recall_test', 'answer_logits',
+           'looked_up', 'Score', 'score']
 
 # %% ../nbs/04_recall.ipynb #bd60436e
 from typing import TYPE_CHECKING, NamedTuple
@@ -63,6 +63,13 @@ def tokenizer() -> "PreTrainedTokenizerFast":
     t = Tokenizer(models.WordLevel(token_id, unk_token="PAD"))
     t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=t, pad_token="PAD", bos_token="BOS", clean_up_tokenization_spaces=False)
+
+# %% ../nbs/04_recall.ipynb #5peakrec
+def speaks_recall(
+    tokenizer,
+) -> bool:
+    "Whether it knows these words: then a model can be asked in them."
+    return token_id.items() <= tokenizer.get_vocab().items()
 
 # %% ../nbs/04_recall.ipynb #04e147b0
 _noise = np.array(encode("The grass is green . The sky is blue . The sun is yellow . Here we go . There and back again ."))
