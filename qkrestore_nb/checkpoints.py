@@ -18,7 +18,7 @@ import shutil
 import stat
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +32,30 @@ class CheckpointError(UserError):
     "What is wrong with a checkpoint, or with a request, such that its owner can mend it."
 
 
-bits = dict(BOOL=8, U8=8, I8=8, F8_E5M2=8, F8_E4M3=8, F8_E8M0=8, F8_E4M3FNUZ=8, F8_E5M2FNUZ=8, I16=16, U16=16, F16=16, BF16=16,
-            I32=32, U32=32, F32=32, F64=64, I64=64, U64=64, C64=64, F4=4, F6_E2M3=6, F6_E3M2=6)  # of one number
+bits = dict(
+    BOOL=8,
+    U8=8,
+    I8=8,
+    F8_E5M2=8,
+    F8_E4M3=8,
+    F8_E8M0=8,
+    F8_E4M3FNUZ=8,
+    F8_E5M2FNUZ=8,
+    I16=16,
+    U16=16,
+    F16=16,
+    BF16=16,
+    I32=32,
+    U32=32,
+    F32=32,
+    F64=64,
+    I64=64,
+    U64=64,
+    C64=64,
+    F4=4,
+    F6_E2M3=6,
+    F6_E3M2=6,
+)  # of one number
 
 
 def whole(x) -> bool:
@@ -50,25 +72,31 @@ def _no_duplicates(pairs):
 def _check_entry(name: str, t) -> None:
     "A tensor's entry has a known dtype, a shape, and as many bytes as these need."
     name.encode()  # half a character is no name
-    try: dtype, shape, (start, stop) = t["dtype"], t["shape"], t["data_offsets"]
-    except (TypeError, KeyError, ValueError): raise CheckpointError(f"{name} lacks dtype, shape or data_offsets") from None
-    if not isinstance(dtype, str) or dtype not in bits: raise CheckpointError(f"{name} has the unknown dtype {str(dtype)[:40]!r}")
+    try:
+        dtype, shape, (start, stop) = t["dtype"], t["shape"], t["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise CheckpointError(f"{name} lacks dtype, shape or data_offsets") from None
+    if not isinstance(dtype, str) or dtype not in bits:
+        raise CheckpointError(f"{name} has the unknown dtype {str(dtype)[:40]!r}")
     if not isinstance(shape, list) or len(shape) > 64 or not all(map(whole, [*shape, start, stop])):
         raise CheckpointError(f"{name} has no sound shape or offsets")
     n = bits[dtype] * math.prod(shape)
-    if n % 8 or stop - start != n // 8: raise CheckpointError(f"{name} has {stop - start} bytes, not those of its shape")
+    if n % 8 or stop - start != n // 8:
+        raise CheckpointError(f"{name} has {stop - start} bytes, not those of its shape")
 
 
 def read_header(
     file: str | Path,                            # a .safetensors file
     keep: Callable[[str], bool] | None = None,   # which names to return; all are checked
 ) -> dict[str, dict]:
-    "Tensor name -> {file, dtype, shape, start, end}, bytes counted from the start of the file. Raises CheckpointError for a broken file."
+    """Tensor name -> {file, dtype, shape, start, end}, bytes counted from the start of the file. Raises CheckpointError
+    for a broken file."""
     file = Path(file)
     try:
         with open(file, "rb") as f:
             size, n = os.fstat(f.fileno()).st_size, int.from_bytes(f.read(8), "little")
-            if size < 8 or n > min(size - 8, 100_000_000): raise CheckpointError("its header does not end within the file")
+            if size < 8 or n > min(size - 8, 100_000_000):
+                raise CheckpointError("its header does not end within the file")
             text = f.read(n)
             if text[:1] != b"{": raise CheckpointError("its header is no JSON object")
             header = json.loads(text.decode(), object_pairs_hook=_no_duplicates)
@@ -78,13 +106,25 @@ def read_header(
         for name, t in header.items(): _check_entry(name, t)
         at = 0
         for start, stop, name in sorted((*t["data_offsets"], name) for name, t in header.items()):
-            if start != at: raise CheckpointError(f"{name} {'overlaps with another tensor' if start < at else 'follows a hole'}")
+            if start != at:
+                raise CheckpointError(f"{name} {'overlaps with another tensor' if start < at else 'follows a hole'}")
             at = stop
         if 8 + n + at != size: raise CheckpointError(f"it should have {8 + n + at} bytes and has {size}")
     except (ValueError, AttributeError, RecursionError) as e:  # CheckpointError is a ValueError
-        raise CheckpointError(f"{file} is not a sound safetensors file ({' '.join(str(e).split())[:80]}): fetch it again") from e
-    return {name: dict(file=file, dtype=t["dtype"], shape=t["shape"], start=8 + n + t["data_offsets"][0], end=8 + n + t["data_offsets"][1])
-            for name, t in header.items() if keep is None or keep(name)}
+        raise CheckpointError(
+            f"{file} is not a sound safetensors file ({' '.join(str(e).split())[:80]}): fetch it again"
+        ) from e
+    return {
+        name: dict(
+            file=file,
+            dtype=t["dtype"],
+            shape=t["shape"],
+            start=8 + n + t["data_offsets"][0],
+            end=8 + n + t["data_offsets"][1],
+        )
+        for name, t in header.items()
+        if keep is None or keep(name)
+    }
 
 # %% ../nbs/11_checkpoints.ipynb #0b11a002
 def _at_once(path, flags) -> int: return os.open(path, flags | os.O_NONBLOCK)  # a pipe is told, not waited for
@@ -158,7 +198,8 @@ def strange_folder(
     return None
 
 # %% ../nbs/11_checkpoints.ipynb #f812f94d
-JOURNAL, NOTE = "qk_restore.undo", "qk_restore.json"  # what a restore leaves in a folder: old bytes (in place only), and what was done
+# what a restore leaves in a folder: old bytes (in place only), and what was done
+JOURNAL, NOTE = "qk_restore.undo", "qk_restore.json"
 
 
 def read_config(
@@ -166,17 +207,27 @@ def read_config(
 ) -> dict:
     "The raw config.json. Raises CheckpointError with what to do where there is no checkpoint of a full model."
     folder = Path(folder)
-    if folder.is_file(): raise CheckpointError(f"{folder} is a file: give the checkpoint folder that holds it, with its config.json")
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file: give the checkpoint folder that holds it, with its config.json")
     if not folder.is_dir(): raise CheckpointError(f"there is no folder {folder}: check the path")
     if (folder / "adapter_config.json").exists():
-        raise CheckpointError(f"{folder} is an adapter, not a full checkpoint: merge it into its base model first (peft's merge_and_unload)")
+        raise CheckpointError(
+            f"{folder} is an adapter, not a full checkpoint: merge it into its base model first (peft's "
+            "merge_and_unload)"
+        )
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} {strange_folder(folder) or 'has no config.json: is it a checkpoint folder saved by save_pretrained?'}")
+        raise CheckpointError(
+            f"{folder} "
+            f"{strange_folder(folder) or 'has no config.json: is it a checkpoint folder saved by save_pretrained?'}"
+        )
     config = read_json(folder / "config.json", 10_000_000)
     for part in (config, *(v for v in config.values() if isinstance(v, dict))):
         for field in ("num_hidden_layers", "num_layers", "n_layer", "n_layers"):
             if isinstance(n := part.get(field), (int, float)) and not n <= 100_000:
-                raise CheckpointError(f"{folder / 'config.json'} says {field}={str(n)[:20]}: no model has more than 100,000 layers, save it again")
+                raise CheckpointError(
+                    f"{folder / 'config.json'} says {field}={str(n)[:20]}: no model has more than 100,000 layers, "
+                    "save it again"
+                )
     return config
 
 # %% ../nbs/11_checkpoints.ipynb #0b11a004
@@ -184,18 +235,22 @@ def check_link(
     path: Path,    # something in the folder, or below it
     folder: Path,  # a checkpoint folder
 ) -> None:
-    "Raises CheckpointError for a link that leads out of the folder, unless it is a snapshot of the hub's cache and the link one into its blobs."
+    """Raises CheckpointError for a link that leads out of the folder, unless it is a snapshot of the hub's cache and
+    the link one into its blobs."""
     if not path.is_symlink(): return
-    to, home, here = (Path(os.path.realpath(p)) for p in (path, folder, path.parent))  # never raises, also for links in a circle
+    # never raises, also for links in a circle
+    to, home, here = (Path(os.path.realpath(p)) for p in (path, folder, path.parent))
     if home.parent.name == "snapshots" and to.parent == home.parent.parent / "blobs": return
-    if not to.is_relative_to(home): raise CheckpointError(f"{path} is a link that leads out of the folder, to {to}: put the file itself there")
+    if not to.is_relative_to(home):
+        raise CheckpointError(f"{path} is a link that leads out of the folder, to {to}: put the file itself there")
     if here.is_relative_to(to): raise CheckpointError(f"{path} is a link to a folder that it lies in: remove it")
 
 
 def journal_head(
     folder: str | Path,  # a checkpoint folder
 ) -> tuple[dict, int] | None:
-    "The header of its journal and where the old bytes begin; None without a journal. Raises CheckpointError for a damaged one, or a link."
+    """The header of its journal and where the old bytes begin; None without a journal. Raises CheckpointError for a
+    damaged one, or a link."""
     path = Path(folder) / JOURNAL
     if not os.path.lexists(path): return None
     try:
@@ -204,13 +259,20 @@ def journal_head(
             n = int.from_bytes(f.read(8), "little")
             if n > 100_000_000: raise ValueError("its header does not end")
             header = json.loads(f.read(n))
-        if not isinstance(header, dict) or not isinstance(header["moves"], list) or not isinstance(header["note"], str | None):
+        if (
+            not isinstance(header, dict)
+            or not isinstance(header["moves"], list)
+            or not isinstance(header["note"], str | None)
+        ):
             raise ValueError("its header is not one that a restore writes")
     except OSError as e:
-        if e.errno != errno.ELOOP: raise
+        if e.errno != errno.ELOOP:
+            raise
         raise CheckpointError(f"{path} is a link, which no restore makes: remove it") from e
     except (ValueError, KeyError, RecursionError) as e:
-        raise CheckpointError(f"{path} cannot be read ({' '.join(str(e).split())[:80]}): take the folder from a backup") from e
+        raise CheckpointError(
+            f"{path} cannot be read ({' '.join(str(e).split())[:80]}): take the folder from a backup"
+        ) from e
     return header, 8 + n
 
 
@@ -226,12 +288,16 @@ def half_written(
 def weight_files(
     folder: str | Path,  # a checkpoint folder
 ) -> list[Path]:
-    "Its safetensors files. Raises CheckpointError for pickled weights, missing shards, names and links that lead out, and a half written folder."
+    """Its safetensors files. Raises CheckpointError for pickled weights, missing shards, names and links that lead out,
+    and a half written folder."""
     folder = Path(folder)
     if half_written(folder):
-        raise CheckpointError(f"{folder} is half restored, a run in place was cut off in it: take it back first (qkrestore undo {folder})")
+        raise CheckpointError(
+            f"{folder} is half restored, a run in place was cut off in it: take it back first (qkrestore undo {folder})"
+        )
     index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file(): names = ["model.safetensors"]  # transformers prefers it to an index, too
+    # transformers prefers it to an index, too
+    if (folder / "model.safetensors").is_file(): names = ["model.safetensors"]
     elif index.is_file():
         try: names = sorted(set(read_json(index)["weight_map"].values()))
         except (CheckpointError, KeyError, AttributeError, TypeError) as e:
@@ -241,7 +307,9 @@ def weight_files(
         if any(p.suffix in (".bin", ".pt", ".pth") for p in folder.iterdir()):
             raise CheckpointError(f"{folder} holds pickled weights, which can run code when opened: "
                                   "load the model in a place you trust, and save it with save_pretrained")
-        raise CheckpointError(f"{folder} has no model.safetensors and no model.safetensors.index.json: are its weights still downloading?")
+        raise CheckpointError(
+            f"{folder} has no model.safetensors and no model.safetensors.index.json: are its weights still downloading?"
+        )
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(f"{index} names {name!r}, which is no file of this folder: do not trust it")
@@ -259,7 +327,10 @@ def read_index(
     for file in weight_files(folder):
         for name, t in read_header(file, keep).items():
             if name in tensors:
-                raise CheckpointError(f"{name} stands in {tensors[name]['file'].name} and in {file.name}: which is right? Save the checkpoint again")
+                raise CheckpointError(
+                    f"{name} stands in {tensors[name]['file'].name} and in {file.name}: which is right? Save the "
+                    "checkpoint again"
+                )
             tensors[name] = t
     return tensors
 
@@ -321,7 +392,8 @@ def hub_name(
 def watch(
     *folders: str | Path,  # the inputs of a restore
 ) -> Callable[[], None]:
-    "A function that raises CheckpointError if weights or configs of these folders are no longer the files that they are now."
+    """A function that raises CheckpointError if weights or configs of these folders are no longer the files that they
+    are now."""
     def look() -> dict[Path, tuple]:
         found = {}
         for path in (p for f in folders for pattern in ("*.safetensors", "*.json") for p in Path(f).glob(pattern)):
@@ -339,7 +411,8 @@ def watch(
 
 # %% ../nbs/11_checkpoints.ipynb #c24cb2af
 def spans_of(
-    tensor: dict,  # an entry of `read_index`; a key spans, (start, stop) in bytes of the file, makes it a part of a tensor
+    tensor: dict,  # an entry of `read_index`; a key spans, (start, stop) in bytes of the file, makes it a part of a
+                   # tensor
 ) -> list[tuple[int, int]]:
     "Where the bytes are in the file."
     return tensor.get("spans") or [(tensor["start"], tensor["end"])]
@@ -355,7 +428,10 @@ def pieces(
             f.seek(start)
             while start < stop:
                 piece = f.read(min(size, stop - start))
-                if not piece: raise CheckpointError(f"{tensor['file']} became shorter while it was read: is somebody writing to it?")
+                if not piece:
+                    raise CheckpointError(
+                        f"{tensor['file']} became shorter while it was read: is somebody writing to it?"
+                    )
                 start += len(piece)
                 yield piece
 
@@ -372,16 +448,23 @@ def sha256(
 def open_own(
     file: str | Path,  # to be written into
 ) -> int:
-    "A file descriptor of the file itself. Raises CheckpointError where writing would change another file as well, or is not allowed."
-    try: fd = os.open(file, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except PermissionError: raise CheckpointError(f"{file} is read-only: make it writable") from None
+    """A file descriptor of the file itself. Raises CheckpointError where writing would change another file as well, or
+    is not allowed."""
+    try:
+        fd = os.open(file, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except PermissionError:
+        raise CheckpointError(f"{file} is read-only: make it writable") from None
     except OSError as e:
-        if e.errno != errno.ELOOP: raise
-        raise CheckpointError(f"{file} is a link: writing through it would change {os.path.realpath(file)} as well") from None
+        if e.errno != errno.ELOOP:
+            raise
+        raise CheckpointError(
+            f"{file} is a link: writing through it would change {os.path.realpath(file)} as well"
+        ) from None
     s = os.fstat(fd)
     if stat.S_ISREG(s.st_mode) and s.st_nlink == 1: return fd
     os.close(fd)
-    if stat.S_ISREG(s.st_mode): raise CheckpointError(f"{file} has other names (hard links): writing would change them as well")
+    if stat.S_ISREG(s.st_mode):
+        raise CheckpointError(f"{file} has other names (hard links): writing would change them as well")
     raise CheckpointError(f"{file} is no regular file: nothing is written into it")
 
 
@@ -402,11 +485,14 @@ def overwrite(
     source: dict,                        # and what; as many numbers
     mix: Callable | None = None,         # (bytes of source, bytes of target) -> bytes to write; None: those of source
 ) -> str:
-    "Write one tensor's numbers over another's, in place. Returns the hash of what was written. Raises CheckpointError where the lengths differ."
+    """Write one tensor's numbers over another's, in place. Returns the hash of what was written. Raises CheckpointError
+    where the lengths differ."""
     a, b = (bits[t["dtype"]] // 8 for t in (source, target))
     count = lambda t, size: [(stop - start) // size for start, stop in spans_of(t)]
     if count(source, a) != count(target, b) or mix is None and a != b:
-        raise CheckpointError(f"{source['file']} and {target['file']} disagree on the length of a tensor: nothing was written")
+        raise CheckpointError(
+            f"{source['file']} and {target['file']} disagree on the length of a tensor: nothing was written"
+        )
     h = hashlib.sha256()
     with open(open_own(target["file"]), "r+b", buffering=0) as f, open(source["file"], "rb") as g:
         for (at, stop), (begin, _) in zip(spans_of(target), spans_of(source), strict=True):
@@ -414,7 +500,10 @@ def overwrite(
             while at < stop:
                 n = min(1 << 18, (stop - at) // b)  # numbers
                 new = g.read(n * a)
-                if len(new) != n * a: raise CheckpointError(f"{source['file']} became shorter while it was read: is somebody writing to it?")
+                if len(new) != n * a:
+                    raise CheckpointError(
+                        f"{source['file']} became shorter while it was read: is somebody writing to it?"
+                    )
                 if mix: new = mix(new, os.pread(f.fileno(), n * b, at))
                 write_all(f.fileno(), new, at)
                 h.update(new)
@@ -433,7 +522,8 @@ def clone(
     source: int,  # an open file
     target: int,  # an open, empty file on the same file system
 ) -> bool:
-    "Let two files share their blocks until one is written to (FICLONE of btrfs, XFS, bcachefs). False where the file system cannot."
+    """Let two files share their blocks until one is written to (FICLONE of btrfs, XFS, bcachefs). False where the file
+    system cannot."""
     import fcntl
     try: fcntl.ioctl(target, 0x40049409, source)
     except OSError: return False
@@ -448,11 +538,13 @@ def _copy(a, b, left: int, told) -> None:
         while left:
             try: n = os.copy_file_range(a.fileno(), b.fileno(), min(left, 1 << 26)) if kernel else 0
             except OSError as e:  # another file system, or one that does not know the call
-                if e.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EIO): raise
+                if e.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EIO):
+                    raise
                 n, kernel = 0, False
             if not n:  # also where the kernel copies nothing, as of files that are made up on reading
                 data = a.read(1 << 18)
-                if not data: raise CheckpointError(f"{a.name} became shorter while it was copied: is somebody writing to it?")
+                if not data:
+                    raise CheckpointError(f"{a.name} became shorter while it was copied: is somebody writing to it?")
                 n = len(data)
                 while data: data = data[b.write(data):]
             left -= n
@@ -468,7 +560,8 @@ def copy_file(
     told = progress or (lambda n: None)
     with open(source, "rb", buffering=0, opener=_at_once) as a:
         before = os.fstat(a.fileno())
-        if not stat.S_ISREG(before.st_mode): raise CheckpointError(f"{source} is no regular file and cannot be copied: move it out of the folder")
+        if not stat.S_ISREG(before.st_mode):
+            raise CheckpointError(f"{source} is no regular file and cannot be copied: move it out of the folder")
         with open(target, "xb", buffering=0) as b: _copy(a, b, before.st_size, told)
         after = os.fstat(a.fileno())
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
@@ -480,25 +573,28 @@ def write_whole(
     path: Path,             # to be made or replaced; a link there is replaced, not followed
     parts,                  # bytes, one piece after another
     mode: int = 0o644,      # who may read it
+    sync: bool = True,      # wait until the disk has it
 ) -> None:
     "A file that is there as a whole or not at all."
-    fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)  # a new file, under a name that nobody can have prepared
+    # a new file, under a name that nobody can have prepared
+    fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     part = Path(name)
     try:
         with open(fd, "wb") as f:
             os.fchmod(fd, mode)
             for piece in parts: f.write(piece)
             f.flush()
-            os.fsync(fd)
+            if sync: os.fsync(fd)
         part.replace(path)
-        to_disk(path.parent)
+        if sync: to_disk(path.parent)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
 
 
 def _try_lock(folder: Path) -> int | None:
-    "A descriptor that holds the folder's lock; None where another holds it. Raises OSError where the file system has none."
+    """A descriptor that holds the folder's lock; None where another holds it. Raises OSError where the file system has
+    none."""
     import fcntl
     fd = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
     try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -514,7 +610,8 @@ def locked(
     folder: str | Path,  # that no two runs shall work on at once
     busy: str | None,    # what to say if one does; None: wait for it
 ) -> Iterator[None]:
-    "Hold a lock on a folder; it goes with the process, also when that is killed. Raises CheckpointError where another holds it."
+    """Hold a lock on a folder; it goes with the process, also when that is killed. Raises CheckpointError where another
+    holds it."""
     import fcntl
     fd = os.open(folder, os.O_RDONLY)
     try:
@@ -532,9 +629,10 @@ MARK = "made-by-qkrestore.json"  # stands in each temporary folder
 class Leftover:
     "What a run has left in a folder, or is about to."
     path: Path
-    kind: str        # copy: a temporary folder; file: a temporary file; journal: of a restore in place; run: of a fine-tuning
+    kind: str  # copy: a temporary folder; file: a temporary file; journal: of a restore in place; run: of a fine-tuning
     bytes: int
-    state: str       # stale: may be removed; at work; unknown: the file system has no locks; open: half restored; done; resumable
+    state: str  # stale: may be removed; at work; unknown: the file system has no locks; open: half restored; done;
+                # resumable
     advice: str
 
 
@@ -560,16 +658,26 @@ def _ours(work: Path) -> str | None:
     if (work / MARK).is_symlink(): return None
     try: mark = read_json(work / MARK, 10_000)
     except (CheckpointError, OSError): return None
-    return m[1] if mark.get("made_by") == "qkrestore_nb" and mark.get("out") == m[1] and {p.name for p in work.iterdir()} <= {MARK, "new"} else None
+    return (
+        m[1]
+        if mark.get("made_by") == "qkrestore_nb"
+        and mark.get("out") == m[1]
+        and {p.name for p in work.iterdir()} <= {MARK, "new"}
+        else None
+    )
 
 
-_files = re.compile(rf"\.({re.escape(JOURNAL)}|{re.escape(NOTE)})\.[a-z0-9_]{{8}}\.part|({re.escape(JOURNAL)}|{re.escape(NOTE)})\.part")
+_files = re.compile(
+    rf"\.({re.escape(JOURNAL)}|{re.escape(NOTE)})\.[a-z0-9_]{{8}}\.part|({re.escape(JOURNAL)}|{re.escape(NOTE)})\.part"
+)
 
 
 def _temporary(path: Path) -> bool:
     "Whether it is a file that `write_whole` was writing for a restore: exactly its name, a file of ours, no link."
     s = path.lstat()
-    return bool(_files.fullmatch(path.name)) and stat.S_ISREG(s.st_mode) and s.st_uid == os.geteuid() and s.st_nlink == 1
+    return (
+        bool(_files.fullmatch(path.name)) and stat.S_ISREG(s.st_mode) and s.st_uid == os.geteuid() and s.st_nlink == 1
+    )
 
 # %% ../nbs/11_checkpoints.ipynb #0b11a014
 def _unlock(folder: Path):
@@ -586,7 +694,8 @@ def _remove(path: Path) -> None:
 
 
 def sweep(folder: Path, out: str | None = None) -> None:
-    "Take away what a killed run has left: temporary folders of this output, or without one the temporary files in a folder whose lock we hold."
+    """Take away what a killed run has left: temporary folders of this output, or without one the temporary files in a
+    folder whose lock we hold."""
     if out is None:
         for path in (p for p in folder.iterdir() if _temporary(p)): path.unlink(missing_ok=True)
         return
@@ -614,20 +723,69 @@ def scratch(
         yield work
 
 # %% ../nbs/11_checkpoints.ipynb #0b11a015
-class _Writer:
-    "Starts to bring files to the disk while others are still copied: the disk need not wait for us, nor we for it."
-    def __init__(self): self.threads, self.errors = [], []
+def _side_by_side(
+    work: Callable,  # with one item
+    items: Iterable,
+    stop: threading.Event,  # is set by an error or a signal, and no item is begun after it
+) -> None:
+    """Work on a few items at a time, since one thread fills no disk. Raises the first error, when nothing is at work
+    any more. Threads are not joined, because a signal may come while one starts."""
+    todo, busy, errors, state = [*items][::-1], [], [], threading.Condition()
 
-    def start(self, path: Path):
-        def work():
-            try: to_disk(path)
-            except OSError as e: self.errors.append(e)
-        self.threads.append(threading.Thread(target=work))
-        self.threads[-1].start()
+    def run() -> None:
+        while True:
+            with state:
+                if stop.is_set() or not todo:
+                    return
+                busy.append(item := todo.pop())
+            try:
+                work(item)
+            except BaseException as e:
+                errors.append(e)
+                stop.set()
+            with state:
+                busy.remove(item)
+                state.notify_all()
 
-    def wait(self):
-        for t in self.threads: t.join()
-        if self.errors: raise self.errors[0]
+    try:
+        for _ in range(4):
+            threading.Thread(target=run).start()
+        with state:
+            state.wait_for(lambda: not busy and (stop.is_set() or not todo))
+    finally:
+        stop.set()
+        with state:
+            state.wait_for(lambda: not busy)
+    if errors:
+        raise errors[0]
+
+
+def _copy_all(
+    pairs: list[tuple[str, str]],  # (file, its copy)
+    progress: Callable[[int], None] | None,
+    sync: bool,
+) -> None:
+    """Copy files. With sync the disk is what takes time, so it gets the first file as soon as it can be, and then
+    others while they are copied one by one; without, several are copied at a time."""
+    stop, one = threading.Event(), threading.Lock()
+    lanes = threading.Semaphore(1 if sync else min(4, os.cpu_count() or 1))
+
+    def told(n: int) -> None:
+        if stop.is_set():
+            # ends this thread; the other's error is the one that is raised
+            raise CheckpointError("another copy failed")
+        if progress and n:
+            with one:
+                progress(n)
+
+    def copy(pair: tuple[str, str]) -> None:
+        with lanes:
+            told(0)
+            copy_file(pair[0], pair[1], told)
+        if sync:
+            to_disk(Path(pair[1]))
+
+    _side_by_side(copy, pairs, stop)
 
 
 def arrive(
@@ -646,30 +804,37 @@ def arrive(
 
 @contextmanager
 def new_folder(
-    post: str | Path,                                 # the folder to start from: a hub snapshot of links becomes regular files
-    out: str | Path,                                  # the final name, checked by `check_out`
-    progress: Callable[[int], None] | None = None,    # is told bytes as they are copied
+    post: str | Path,  # the folder to start from: a hub snapshot of links becomes regular files
+    out: str | Path,  # the final name, checked by `check_out`
+    progress: Callable[[int], None] | None = None,  # is told bytes as they are copied
+    sync: bool = True,  # wait until the disk has all of it
 ) -> Iterator[Path]:
-    "A copy of `post` under a temporary name, to be worked on; renamed to `out` at the end, removed if anything fails. A journal is not copied."
-    post, out, writer = Path(post), Path(out).absolute(), _Writer()
-    def copy(a, b):
-        copy_file(a, b, progress)
-        if os.stat(b).st_size > 1 << 24: writer.start(b)
+    """A copy of `post` under a temporary name, to be worked on; renamed to `out` at the end, removed if anything fails.
+    A journal is not copied."""
+    post, out = Path(post), Path(out).absolute()
+    pairs: list[tuple[str, str]] = []
+
     def skip(folder, names):
-        for name in names: check_link(Path(folder, name), post)
+        for name in names:
+            check_link(Path(folder, name), post)
         return [n for n in names if Path(folder) == post and (n == JOURNAL or _files.fullmatch(n))]
+
     with scratch(out) as work:
         part = work / "new"
         try:
-            try: shutil.copytree(post, part, copy_function=copy, ignore=skip)
-            finally: writer.wait()
-        except shutil.Error as e: raise CheckpointError(f"{post} could not be copied: {e.args[0][0][2]}") from e
+            shutil.copytree(post, part, copy_function=lambda a, b: pairs.append((a, b)), ignore=skip)
+            _unlock(part)
+            _copy_all(pairs, progress, sync)
+        except OSError as e:
+            why = e.args[0][0][2] if isinstance(e, shutil.Error) else e
+            raise CheckpointError(f"{post} could not be copied: {why}") from e
         _unlock(part)
         yield part
-        for path in sorted(part.rglob("*")): to_disk(path)
-        to_disk(part)
+        if sync:
+            _side_by_side(to_disk, [*part.rglob("*"), part], threading.Event())
         arrive(part, out)
-        to_disk(out.parent)
+        if sync:
+            to_disk(out.parent)
 
 # %% ../nbs/11_checkpoints.ipynb #0b11a017
 def _looked_at(path: Path) -> Leftover | None:
@@ -677,11 +842,15 @@ def _looked_at(path: Path) -> Leftover | None:
     plain = path.is_dir() and not path.is_symlink()
     if plain and _ours(path) is not None:
         state = _state(path)
-        advice = dict(stale="--remove takes it away", unknown="no locks here: remove it if no run is at work").get(state, "a run is at work")
+        advice = dict(stale="--remove takes it away", unknown="no locks here: remove it if no run is at work").get(
+            state, "a run is at work"
+        )
         return Leftover(path, "copy", _size(path), state, advice)
     if not path.is_symlink() and path.is_file() and _temporary(path):
         state = _state(path.parent)
-        return Leftover(path, "file", _size(path), state, "--remove takes it away" if state == "stale" else "a run may be at work")
+        return Leftover(
+            path, "file", _size(path), state, "--remove takes it away" if state == "stale" else "a run may be at work"
+        )
     if path.name == JOURNAL and not path.is_symlink() and path.is_file():
         try: state = "open" if half_written(path.parent) else "done"
         except CheckpointError: state = "unknown"
@@ -690,7 +859,13 @@ def _looked_at(path: Path) -> Leftover | None:
         return Leftover(path, "journal", _size(path), state, advice)
     if plain and path.name.endswith(".run") and (path / "recipe.json").is_file():
         state = _state(path)
-        return Leftover(path, "run", _size(path), "at work" if state == "at work" else "resumable", "the same finetune goes on from it; else remove it")
+        return Leftover(
+            path,
+            "run",
+            _size(path),
+            "at work" if state == "at work" else "resumable",
+            "the same finetune goes on from it; else remove it",
+        )
     return None
 
 
@@ -698,7 +873,8 @@ def leftovers(
     folder: str | Path,     # where outputs were made, or a checkpoint
     remove: bool = False,   # take away what is stale: temporary folders and files that are ours and that nobody holds
 ) -> list[Leftover]:
-    "What runs have left in a folder and in the folders in it. With remove=True, what was stale and is gone now stands in the list as before."
+    """What runs have left in a folder and in the folders in it. With remove=True, what was stale and is gone now stands
+    in the list as before."""
     folder, found = Path(folder), []
     if not folder.is_dir(): raise CheckpointError(f"there is no folder {folder}: check the path")
     for path in sorted(folder.iterdir()):
@@ -726,13 +902,26 @@ def check_out(
     out: str | Path,  # where the result shall be
     *inputs,          # the folders that are read
 ) -> None:
-    "Raises CheckpointError unless `out` is a free name beside the inputs on a disk with room for a copy of the last of them."
+    """Raises CheckpointError unless `out` is a free name beside the inputs on a disk with room for a copy of the last
+    of them."""
     out, real = Path(out), Path(out).resolve()
     for folder in (Path(i).resolve() for i in inputs):
-        if real == folder: raise CheckpointError(f"the output {out} is one of the inputs: choose another name, inputs are never changed")
-        if folder in real.parents: raise CheckpointError(f"the output {out} lies inside the input {folder}: choose a place outside")
-        if real in folder.parents: raise CheckpointError(f"the output {out} lies above the input {folder}: choose another name")
+        if real == folder:
+            raise CheckpointError(
+                f"the output {out} is one of the inputs: choose another name, inputs are never changed"
+            )
+        if folder in real.parents:
+            raise CheckpointError(f"the output {out} lies inside the input {folder}: choose a place outside")
+        if real in folder.parents:
+            raise CheckpointError(f"the output {out} lies above the input {folder}: choose another name")
     if os.path.lexists(out): raise CheckpointError(f"the output {out} exists: choose a name that is free, or remove it")
-    if not real.parent.is_dir(): raise CheckpointError(f"there is no folder {real.parent} to put {out.name} into: make it first")
-    size, free = sum(p.stat().st_size for p in Path(inputs[-1]).rglob("*") if p.is_file()), shutil.disk_usage(real.parent).free
-    if size > free and not _shares_blocks(Path(inputs[-1]), real.parent): raise CheckpointError(f"the copy needs {size / 1e9:.1f} GB and the disk of {real.parent} has {free / 1e9:.1f} GB left: make room")
+    if not real.parent.is_dir():
+        raise CheckpointError(f"there is no folder {real.parent} to put {out.name} into: make it first")
+    size, free = (
+        sum(p.stat().st_size for p in Path(inputs[-1]).rglob("*") if p.is_file()),
+        shutil.disk_usage(real.parent).free,
+    )
+    if size > free and not _shares_blocks(Path(inputs[-1]), real.parent):
+        raise CheckpointError(
+            f"the copy needs {size / 1e9:.1f} GB and the disk of {real.parent} has {free / 1e9:.1f} GB left: make room"
+        )

@@ -2,11 +2,12 @@
 
 # %% auto #0
 __all__ = ['effective_rank', 'softmax_layers', 'group_of', 'TensorDrift', 'Drift', 'drift', 'FarDirections', 'far_directions',
-           'AttentionReach', 'attention_reach', 'needle_places', 'RetrievalScores', 'retrieval_scores']
+           'AttentionReach', 'attention_reach', 'needle_places', 'RetrievalScores', 'retrieval_scores', 'needle_of',
+           'retrieval_heads']
 
 # %% ../nbs/07b_drift.ipynb #0521715c
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -451,3 +452,46 @@ def retrieval_scores(
     _run(model, ids, on_softmax, tokens)
     layers = sorted(found)
     return RetrievalScores(layers, np.stack([found[i] for i in layers], 1))
+
+# %% ../nbs/07b_drift.ipynb #r3p00050
+def needle_of(
+    tokenizer,  # that says where in the text its tokens stand
+    hay: dict,  # of `prose_test`
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "A haystack with its first question answered: ids (1, T), and the places that `retrieval_scores` wants, (1, 1, L)."
+    from qkrestore_nb.prose import prompt
+
+    value = hay["questions"][0]["answers"][0]
+    text = prompt(hay, hay["questions"][0]) + " " + value
+    read = tokenizer(text, return_offsets_mapping=True)
+    first = text.index(f": {value}.") + 2
+    within = lambda at: [
+        i for i, (a, b) in enumerate(read["offset_mapping"]) if b > at and a < at + len(value) and b > a
+    ]
+    needle, answer = within(first), within(len(text) - len(value))
+    n = min(len(needle), len(answer))
+    ids, *places = (np.array(x) for x in (read["input_ids"], answer[:n], needle[:n]))
+    return ids[None], places[0][None, None] - 1, places[1][None, None]
+
+
+def retrieval_heads(
+    model,  # pre
+    tokenizer,
+    T: int,  # tokens of a haystack
+    layers: Sequence[int],  # that count
+    seed: int = 0,
+    n: int = 3,
+) -> list[tuple[int, int]]:
+    "(layer, head) of the softmax heads that look most at the needle while the model answers."
+    from qkrestore_nb.prose import prose_test
+    from qkrestore_nb.recall import recall_test, speaks_recall
+
+    if speaks_recall(tokenizer):
+        test = recall_test("MK", 4, T, 8, seed)
+        batches = [(test["ids"], *needle_places(test))]
+    else:
+        batches = [needle_of(tokenizer, hay) for hay in prose_test("single_2", tokenizer, T, 4, 1, seed)]
+    found = [retrieval_scores(model, *batch) for batch in batches]
+    mean = np.mean([f.mean() for f in found], 0)
+    scores = {(i, h): x for i, row in zip(found[0].layers, mean) for h, x in enumerate(row) if i in layers}
+    return sorted(scores, key=lambda head: -scores[head])[:n]

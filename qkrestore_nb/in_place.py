@@ -16,9 +16,25 @@ from operator import and_
 from pathlib import Path
 from typing import TypedDict
 
-from .checkpoints import JOURNAL, NOTE, CheckpointError, half_written, journal_head, locked, open_own
-from .checkpoints import pieces, read_header, read_index, sha256, spans_of, sweep, to_disk, whole
-from .checkpoints import write_all, write_whole
+from qkrestore_nb.checkpoints import (
+    JOURNAL,
+    NOTE,
+    CheckpointError,
+    half_written,
+    journal_head,
+    locked,
+    open_own,
+    pieces,
+    read_header,
+    read_index,
+    sha256,
+    spans_of,
+    sweep,
+    to_disk,
+    whole,
+    write_all,
+    write_whole,
+)
 from .note import Note, Row, note_dict, raw_note, read_note, sound_hash, sound_spans
 
 # %% ../nbs/11a_in_place.ipynb #3272894d
@@ -26,10 +42,13 @@ def check_in_place(
     folder: str | Path,   # the checkpoint to change
     targets: list[dict],  # what will be written: entries of `read_index`, with spans
 ) -> None:
-    "Raises CheckpointError where writing would reach further than this folder, or where an earlier change is still open."
+    """Raises CheckpointError where writing would reach further than this folder, or where an earlier change is still
+    open."""
     if os.path.lexists(Path(folder) / JOURNAL):
-        raise CheckpointError(f"{folder} was restored in place before, or a run was cut off in it: qkrestore undo {folder}, "
-                              f"or remove {JOURNAL} to keep it")
+        raise CheckpointError(
+            f"{folder} was restored in place before, or a run was cut off in it: qkrestore undo {folder}, "
+            f"or remove {JOURNAL} to keep it"
+        )
     for file in sorted({t["file"] for t in targets}):
         try: os.close(open_own(file))
         except CheckpointError as e: raise CheckpointError(f"{e}: give an output folder instead") from e
@@ -49,23 +68,33 @@ def write_journal(
     note = None if raw_note(folder) is None else (folder / NOTE).read_bytes().decode()
     sweep(folder)
     for t in targets: t["sha256"] = sha256(t)  # kept, since who restores wants to note it as well
-    rows = [dict(file=t["file"].name, size=t["file"].stat().st_size, spans=spans_of(t), sha256=t["sha256"]) for t in targets]
+    rows = [
+        dict(file=t["file"].name, size=t["file"].stat().st_size, spans=spans_of(t), sha256=t["sha256"]) for t in targets
+    ]
     header = json.dumps(dict(version=1, note=note, moves=rows)).encode()
-    if len(header) > 100_000_000: raise CheckpointError(f"a journal of {len(rows)} moves would be too large to be read back: give an output folder instead")
+    if len(header) > 100_000_000:
+        raise CheckpointError(
+            f"a journal of {len(rows)} moves would be too large to be read back: give an output folder instead"
+        )
     first = len(header).to_bytes(8, "little") + header
-    write_whole(folder / JOURNAL, (piece for part in ([first], *(pieces(t) for t in targets)) for piece in part), _mode(folder))
+    write_whole(
+        folder / JOURNAL, (piece for part in ([first], *(pieces(t) for t in targets)) for piece in part), _mode(folder)
+    )
 
 # %% ../nbs/11a_in_place.ipynb #3b5f498d
 def write_result(
     folder: str | Path,  # the result of a restore
     note: Note,  # what was done
+    sync: bool = True,  # wait until the disk has it
 ) -> None:
     "The note into the folder; where post was itself the result of a restore, with what was done to it before."
     try:
         before = raw_note(folder) if note.left_out is None else None
     except CheckpointError:
         before = None  # in place this was refused before anything was written
-    write_note(folder, json.dumps(strict(note_dict(replace(note, before=before))), indent=1, allow_nan=False) + "\n")
+    write_note(
+        folder, json.dumps(strict(note_dict(replace(note, before=before))), indent=1, allow_nan=False) + "\n", sync
+    )
 
 
 @contextmanager
@@ -98,11 +127,12 @@ def journaled(
 def write_note(
     folder: str | Path,  # the checkpoint
     text: str | None,    # the new content of qk_restore.json; None removes it
+    sync: bool = True,   # wait until the disk has it
 ) -> None:
     "Replace the note of what was done, as a whole."
     path = Path(folder) / NOTE
     if text is None: path.unlink(missing_ok=True)
-    else: write_whole(path, [text.encode()], _mode(path.parent))
+    else: write_whole(path, [text.encode()], _mode(path.parent), sync)
 
 
 def strict(
@@ -117,53 +147,75 @@ def strict(
 def read_journal(
     folder: str | Path,  # a checkpoint that was changed in place
 ) -> tuple[list[tuple[dict, dict]], str | None]:
-    "Pairs (where the bytes belong, where they are in the journal), and the old note. Raises CheckpointError where there is none or it is damaged."
+    """Pairs (where the bytes belong, where they are in the journal), and the old note. Raises CheckpointError where
+    there is none or it is damaged."""
     folder, path = Path(folder), Path(folder) / JOURNAL
     if not folder.is_dir(): raise CheckpointError(f"there is no folder {folder}: check the path")
     if (head := journal_head(folder)) is None:
-        raise CheckpointError(f"{folder} has no {JOURNAL}: nothing was restored there in place, or it was undone already")
+        raise CheckpointError(
+            f"{folder} has no {JOURNAL}: nothing was restored there in place, or it was undone already"
+        )
     header, at = head
     pairs = []
     taken: dict[str, list] = {}
     try:
         for row in header["moves"]:
             name = row["file"]
-            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"): raise ValueError(f"it names {name!r}")
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(f"it names {name!r}")
             if not whole(row["size"]): raise ValueError("it has a size that is none")
             spans = sound_spans(row["spans"], row["size"])
             taken.setdefault(name, []).extend(map(list, spans))
             size = sum(stop - start for start, stop in spans)
-            pairs.append((dict(file=folder / name, spans=spans, size=row["size"], sha256=sound_hash(row["sha256"])), dict(file=path, spans=[(at, at + size)])))
+            pairs.append(
+                (
+                    dict(file=folder / name, spans=spans, size=row["size"], sha256=sound_hash(row["sha256"])),
+                    dict(file=path, spans=[(at, at + size)]),
+                )
+            )
             at += size
         for spans in taken.values(): sound_spans(sorted(spans), 1 << 63)
         if not pairs: raise ValueError("it moves nothing")
         (header["note"] or "").encode()  # half a character cannot be written back
         if at != path.stat().st_size: raise ValueError("it is cut off")
-    except (ValueError, KeyError, TypeError) as e: raise CheckpointError(f"{path} cannot be read ({e}): take the folder from a backup") from e
+    except (ValueError, KeyError, TypeError) as e:
+        raise CheckpointError(f"{path} cannot be read ({e}): take the folder from a backup") from e
     return pairs, header["note"]
 
 
 def undo(
     folder: str | Path,  # a checkpoint that was restored in place, or in which that was cut off
 ) -> int:
-    "Put the old bytes back, exactly. Returns how many. Raises CheckpointError where there is no journal, or the files are not those of the time."
+    """Put the old bytes back, exactly. Returns how many. Raises CheckpointError where there is no journal, or the files
+    are not those of the time."""
     folder = Path(folder)
     pairs, note = read_journal(folder)
     with locked(folder, f"another run is at work in {folder}: wait until it is done"):
         sweep(folder)
-        if (folder / NOTE).is_symlink(): raise CheckpointError(f"{folder / NOTE} is a link, which no restore makes: remove it")
+        if (folder / NOTE).is_symlink():
+            raise CheckpointError(f"{folder / NOTE} is a link, which no restore makes: remove it")
         for target, source in pairs:
             file = target["file"]
-            if not os.path.lexists(file): raise CheckpointError(f"{file} is not the file that was restored: it was replaced since, so nothing can be undone in it")
+            if not os.path.lexists(file):
+                raise CheckpointError(
+                    f"{file} is not the file that was restored: it was replaced since, so nothing can be undone in it"
+                )
             os.close(open_own(file))
             if file.stat().st_size != target["size"]:
-                raise CheckpointError(f"{file} is not the file that was restored: it was replaced since, so there is nothing to undo in it")
+                raise CheckpointError(
+                    f"{file} is not the file that was restored: it was replaced since, so there is nothing to undo in "
+                    "it"
+                )
             if sha256(source) != target["sha256"]:
-                raise CheckpointError(f"{source['file']} is damaged: its old bytes do not have their hash, and nothing was undone")
+                raise CheckpointError(
+                    f"{source['file']} is damaged: its old bytes do not have their hash, and nothing was undone"
+                )
         for target, source in pairs: _put_back(target, source)
         for file in {t["file"] for t, _ in pairs}: to_disk(file)
         if wrong := next((t for t, _ in pairs if sha256(t) != t["sha256"]), None):
-            raise CheckpointError(f"{wrong['file']} does not hold what was written: is the disk all right? The journal was kept")
+            raise CheckpointError(
+                f"{wrong['file']} does not hold what was written: is the disk all right? The journal was kept"
+            )
         write_note(folder, note)
         (folder / JOURNAL).unlink()
         to_disk(folder)
@@ -253,8 +305,8 @@ def verify(
     folder: str | Path,  # the result of a restore
     pre: str | Path | None = None,  # the checkpoint that it was restored from: its bytes are compared, too
 ) -> list[Verified]:
-    """For each restored tensor which it equals now: pre, restored (a mixture, a cast, or solved for), post, both (it never differed), or neither.
-    Raises CheckpointError where there is no note, or a tensor is gone."""
+    """For each restored tensor which it equals now: pre, restored (a mixture, a cast, or solved for), post, both (it
+    never differed), or neither. Raises CheckpointError where there is no note, or a tensor is gone."""
     folder = Path(folder)
     if folder.is_dir() and half_written(folder):
         raise CheckpointError(

@@ -379,6 +379,7 @@ def qk_pro(
     allow: str = "",
     token: str | None = None,
     progress: Callable[[int], None] | None = None,
+    sync: bool = True,
 ) -> Path: ...
 @overload
 def qk_pro(
@@ -421,6 +422,7 @@ def qk_pro(
     allow: str = "",  # fields of the configs that may differ, with commas
     token: str | None = None,  # of the hub
     progress: Callable[[int], None] | None = None,  # folders: is told bytes as they are copied
+    sync: bool = True,  # folders: wait until the disk has the result; False: as cp, which does not
 ):
     """Restore W_K of the softmax layers from `pre` and give W_Q the routing of `pre` as far as `lam` asks for it
     (QK-Pro, arXiv 2606.11052).
@@ -442,4 +444,5 @@ def qk_pro(
         allow=allow,
         token=token,
         progress=progress,
+        sync=sync,
     )

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['vocabulary', 'token_id', 'digits', 'letters', 'keys', 'words', 'tests', 'encode', 'decode', 'ids_of', 'tokenizer',
-           'noise', 'essay', 'draw_keys', 'items', 'needle_rows', 'recall_test', 'answer_logits', 'looked_up', 'Score',
-           'score']
+           'speaks_recall', 'noise', 'essay', 'draw_keys', 'items', 'needle_rows', 'recall_test', 'answer_logits',
+           'looked_up', 'Score', 'score']
 
 # %% ../nbs/04_recall.ipynb #bd60436e
 from typing import TYPE_CHECKING, NamedTuple
@@ -67,6 +67,13 @@ def tokenizer() -> "PreTrainedTokenizerFast":
     return PreTrainedTokenizerFast(
         tokenizer_object=t, pad_token="PAD", bos_token="BOS", clean_up_tokenization_spaces=False
     )
+
+# %% ../nbs/04_recall.ipynb #5peakrec
+def speaks_recall(
+    tokenizer,
+) -> bool:
+    "Whether it knows these words: then a model can be asked in them."
+    return token_id.items() <= tokenizer.get_vocab().items()
 
 # %% ../nbs/04_recall.ipynb #04e147b0
 _noise = np.array(

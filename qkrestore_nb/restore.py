@@ -193,7 +193,14 @@ def _row(move: Move, transform: Copy, pre: Side, post: Side, part: Path, read: C
 
 
 def _folders(
-    moves: Sequence[Move], transform: Copy, pre: Side, post: Side, selection: Selection, out: Path | None, progress
+    moves: Sequence[Move],
+    transform: Copy,
+    pre: Side,
+    post: Side,
+    selection: Selection,
+    out: Path | None,
+    progress,
+    sync: bool,
 ) -> Path:
     "Two checkpoint folders into a third, or, without `out`, into post."
     assert pre.folder and post.folder
@@ -212,14 +219,14 @@ def _folders(
     if not out:
         transform.look(moves, read)
     work: AbstractContextManager[Path] = (
-        new_folder(post.folder, out, progress) if out else journaled(post.folder, targets, post.unchanged)
+        new_folder(post.folder, out, progress, sync) if out else journaled(post.folder, targets, post.unchanged)
     )
     with work as part:
         rows = [_row(m, transform, pre, post, part, read) for m in moves]
         pre.unchanged()
         if out:
             post.unchanged()
-        write_result(part, Note(transform.method, pre.name, post.name, selection, rows, transform.settings))
+        write_result(part, Note(transform.method, pre.name, post.name, selection, rows, transform.settings), sync)
     return out or post.folder
 
 # %% ../nbs/08_restore.ipynb #80b4ccc7
@@ -233,6 +240,7 @@ def apply(
     out: Path | None = None,  # folders: where the result shall be
     inplace: bool = False,  # change post itself
     progress: Callable[[int], None] | None = None,
+    sync: bool = True,
 ) -> Any:
     """Make the moves. Returns a model, a state dict, or the path of the folder. Raises CheckpointError; nothing is
     left behind then."""
@@ -240,7 +248,7 @@ def apply(
     if more := warning_of(moves, selection):
         warnings.warn(more, stacklevel=4)
     if post.folder:
-        return _folders(moves, transform, pre, post, selection, out, progress)
+        return _folders(moves, transform, pre, post, selection, out, progress, sync)
     return _in_memory(moves, transform, pre, post, inplace)
 
 
@@ -257,6 +265,7 @@ def restored(
     allow: str = "",
     token: str | None = None,
     progress: Callable[[int], None] | None = None,
+    sync: bool = True,
 ) -> Any:
     "Plan and apply, with the rules for outputs that all repairs share."
     folders = kind_of(post) == "folder" and kind_of(pre) == "folder"
@@ -266,6 +275,8 @@ def restored(
         )
     if folders and out is not None and inplace:
         raise CheckpointError("a folder is restored in place or into out=, not both: leave one of them out")
+    if inplace and not sync:
+        raise CheckpointError("in place the journal must be on the disk first: leave sync=False (--no-sync) out")
     if folders and inplace and is_hub_id(post):
         raise CheckpointError(f"{post} is on the hub and cannot be changed in place: give out= a free name")
     names = ["", ""]
@@ -273,9 +284,9 @@ def restored(
         given, (pre, post) = (pre, post), [local_folder(x, token) for x in (pre, post)]
         names = [hub_name(x, folder) for x, folder in zip(given, (pre, post), strict=True)]
         if is_adapter(post):
-            if cast or out is None:
+            if cast or out is None or not sync:
                 raise CheckpointError(
-                    "an adapter is restored as a whole into out=: cast and inplace are for full checkpoints"
+                    "an adapter is restored as a whole into out=: cast, inplace and sync are for full checkpoints"
                 )
             return transform.adapter(pre, post, Path(out), selection, names)
     a, b = open_both(pre, post, selection, config, token, names)
@@ -291,6 +302,7 @@ def restored(
         out=None if out is None else Path(out),
         inplace=inplace,
         progress=progress,
+        sync=sync,
     )
 
 # %% ../nbs/08_restore.ipynb #5b60623d
@@ -313,6 +325,7 @@ def qk_restore(
     allow: str = "",
     token: str | None = None,
     progress: Callable[[int], None] | None = None,
+    sync: bool = True,
 ) -> Path: ...
 @overload
 def qk_restore(
@@ -356,6 +369,7 @@ def qk_restore(
     allow: str = "",  # fields of the configs that may differ, with commas, as in rope_scaling
     token: str | None = None,  # of the hub; default: that of huggingface_hub
     progress: Callable[[int], None] | None = None,  # folders: is told bytes as they are copied
+    sync: bool = True,  # folders: wait until the disk has the result; False: as cp, which does not
 ):
     """Restore W_Q and W_K of the softmax layers from `pre` and keep the rest of `post` (QK-Restore, arXiv 2606.11052).
 
@@ -375,4 +389,5 @@ def qk_restore(
         allow=allow,
         token=token,
         progress=progress,
+        sync=sync,
     )

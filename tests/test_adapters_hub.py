@@ -102,7 +102,7 @@ def test_a_merged_adapter_takes_the_ordinary_path(tmp_path):
 
 @pytest.mark.parametrize("what, kw, sentence", [
     ("other type", {}, "merge_and_unload"), ("only q and k", {}, "would be"), ("no q and k", {}, "nothing to restore"), ("broken", {}, "not valid JSON"),
-    ("fine", dict(strength=.5), "as a whole"), ("fine", dict(include="norms"), "nothing to choose from"), ("fine", dict(inplace=True), "as a whole"), ("truncated", {}, "not a sound")])
+    ("fine", dict(strength=.5), "as a whole"), ("fine", dict(include="norms"), "nothing to choose from"), ("fine", dict(inplace=True), "as a whole"), ("fine", dict(sync=False), "as a whole"), ("truncated", {}, "not a sound")])
 def test_adapters_that_cannot_be_restored(tmp_path, what, kw, sentence):
     pre, lora = tuned(tmp_path)
     config, weights = json.loads((lora / CONFIG).read_text()), load_file(lora / WEIGHTS)

@@ -1,4 +1,5 @@
 "Folders that lie, inputs that change, runs that are stopped, files that nobody can read: one sentence, nothing lost, nothing written elsewhere."
+import errno
 import fcntl
 import json
 import os
@@ -534,16 +535,46 @@ def test_who_may_read_the_weights_may_read_the_journal_and_nobody_else(pair):
 # ---- on the disk before anything depends on it
 
 def test_everything_is_synced_before_the_rename(pair, tmp_path, monkeypatch):
-    "Each file and folder of a result has been through fsync when it gets its name, and the folder above after that."
-    told, real = [], os.fsync
+    "Each file and folder of a result goes through fsync after the last write and before the rename, the folder above after that."
+    told, real, write = [], os.fsync, os.pwrite
     def fsync(fd): told.append(os.readlink(f"/proc/self/fd/{fd}")), real(fd)
+    def pwrite(fd, *rest): told.append("write"); return write(fd, *rest)
     rename = Path.rename
     def named(self, target): told.append(("rename", str(self), str(target))); return rename(self, target)
-    monkeypatch.setattr(os, "fsync", fsync), monkeypatch.setattr(Path, "rename", named)
+    monkeypatch.setattr(os, "fsync", fsync), monkeypatch.setattr(os, "pwrite", pwrite), monkeypatch.setattr(Path, "rename", named)
     out = qk_restore(*pair, out=tmp_path / "out")
     at, (_, part, _) = next((i, t) for i, t in enumerate(told) if t[0] == "rename" and t[2] == str(out))
-    assert {part, *(f"{part}/{p.relative_to(out)}" for p in out.rglob("*"))} <= {t for t in told[:at] if isinstance(t, str)}
+    last = at - 1 - told[:at][::-1].index("write")
+    assert {part, *(f"{part}/{p.relative_to(out)}" for p in out.rglob("*"))} <= {t for t in told[last:at] if isinstance(t, str)}
     assert str(tmp_path) in told[at + 1:]
+
+
+def test_no_sync_waits_for_no_disk(pair, tmp_path, monkeypatch):
+    "The same bytes without a single fsync; in place it is refused."
+    want = load(qk_restore(*pair, out=tmp_path / "synced"))
+    monkeypatch.setattr(os, "fsync", lambda fd: pytest.fail("not asked for"))
+    assert same(load(qk_restore(*pair, out=tmp_path / "out", sync=False)), want)
+    assert call("restore", *pair, tmp_path / "cli", "--no-sync") == 0 and same(load(tmp_path / "cli"), want)
+    assert call("restore", *pair, "--in-place", "--no-sync") == 2
+    with pytest.raises(CheckpointError, match="journal must be on the disk"): qk_restore(*pair, inplace=True, sync=False)
+
+
+def test_after_an_error_no_other_file_is_copied(tmp_path, monkeypatch):
+    "The copies that run are ended between two pieces, the others are not begun, and the error is the first one."
+    (tmp_path / "post").mkdir()
+    for i in range(12): (tmp_path / "post" / f"{i:02}.bin").write_bytes(bytes(1000))
+    begun, real = [], checkpoints.copy_file
+    def copy(a, b, told):
+        begun.append(a)
+        if len(begun) == 1: raise OSError(errno.ENOSPC, "No space left on device")
+        while True: told(1)  # a large file: ends only when it is told to
+    monkeypatch.setattr(checkpoints, "copy_file", copy)
+    with pytest.raises(CheckpointError, match="could not be copied.*No space left"):
+        with new_folder(tmp_path / "post", tmp_path / "out"): pass
+    assert len(begun) <= 5 and os.listdir(tmp_path) == ["post"]
+    monkeypatch.setattr(checkpoints, "copy_file", real)
+    with new_folder(tmp_path / "post", tmp_path / "out"): pass
+    assert len(os.listdir(tmp_path / "out")) == 12
 
 
 def test_the_journal_is_on_the_disk_before_the_first_write(pair, monkeypatch):

@@ -211,10 +211,11 @@ def test_fresh_haystacks_are_others(tokenizer):
 
 
 def test_where_the_needle_is(tokenizer):
+    from qkrestore_nb.drift import needle_of
     from qkrestore_nb.prose import prose_test
 
     hay = prose_test("single_2", tokenizer, 1024, 1)[0]
-    ids, asking, value = r.needle_of(tokenizer, hay)
+    ids, asking, value = needle_of(tokenizer, hay)
     answer = hay["questions"][0]["answers"][0]
     for places in (value, asking + 1):
         assert answer in tokenizer.decode(ids[0, places[0, 0]])
