@@ -16,25 +16,9 @@ from operator import and_
 from pathlib import Path
 from typing import TypedDict
 
-from qkrestore_nb.checkpoints import (
-    JOURNAL,
-    NOTE,
-    CheckpointError,
-    half_written,
-    journal_head,
-    locked,
-    open_own,
-    pieces,
-    read_header,
-    read_index,
-    sha256,
-    spans_of,
-    sweep,
-    to_disk,
-    whole,
-    write_all,
-    write_whole,
-)
+from .checkpoints import JOURNAL, NOTE, CheckpointError, half_written, journal_head, locked, open_own
+from .checkpoints import pieces, read_header, read_index, sha256, spans_of, sweep, to_disk, whole
+from .checkpoints import write_all, write_whole
 from .note import Note, Row, note_dict, raw_note, read_note, sound_hash, sound_spans
 
 # %% ../nbs/11a_in_place.ipynb #3272894d

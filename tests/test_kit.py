@@ -168,6 +168,21 @@ def test_exemptions_are_needed():
     assert {"E501", "I001"} <= {rule for _, rule in there}
 
 
+def too_long(module: Path) -> list[int]:
+    "Numbers of the lines over 120 columns, but for `__all__`, which nbdev writes."
+    text = module.read_text()
+    listed = re.search(r"^__all__ = \[.*?\]", text, re.S | re.M)
+    inside = range(text[: listed.start()].count("\n"), text[: listed.end()].count("\n") + 1) if listed else ()
+    return [i + 1 for i, line in enumerate(text.split("\n")) if len(line) > 120 and i not in inside]
+
+
+def test_exported_code_fits_120_columns(tmp_path):
+    modules = [p for p in (ROOT / "qkrestore_nb").glob("*.py") if p.name != "_modidx.py"]
+    assert modules and {p.name: lines for p in modules if (lines := too_long(p))} == {}
+    (tmp_path / "wrong.py").write_text("__all__ = ['" + "a" * 120 + "']\n\nx = '" + "b" * 120 + "'\n")
+    assert too_long(tmp_path / "wrong.py") == [3]
+
+
 def test_dev_container():
     made = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
     assert made["postCreateCommand"] == "make setup" and (ROOT / made["containerEnv"]["PIP_CONSTRAINT"]).is_file()
