@@ -198,3 +198,14 @@ def test_deposit():
     related = {r["identifier"] for r in zenodo["related_identifiers"] if r["scheme"] == "arxiv"}
     assert {i["value"] for p in papers for i in p["identifiers"]} == related
     assert all(len(p["authors"]) > 1 and all("family-names" in a for a in p["authors"]) for p in papers)
+
+
+def test_a_file_stays_with_one_worker(tmp_path):
+    "Fixtures of a file are made once, and pages are shared out."
+    many = "import time\n\nimport pytest\n\n\n@pytest.mark.parametrize('i', range(8))\ndef test_{}(i): time.sleep(.1)\n"
+    for name in ("one", "two", "page"): (tmp_path / f"test_{name}.py").write_text(many.format(name))
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    done = run(sys.executable, "-m", "pytest", "-n", "2", "-vv", "--rootdir", tmp_path, tmp_path, cwd=tmp_path)
+    ran = re.findall(r"\[(gw\d)\].* PASSED \S*test_(\w+)\.py", done.stdout)
+    workers = {name: {w for w, n in ran if n == name} for name in ("one", "two", "page")}
+    assert len(ran) == 24 and [len(w) for w in workers.values()] == [1, 1, 2], done.stdout
