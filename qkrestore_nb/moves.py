@@ -377,7 +377,9 @@ def decode(
     import numpy as np
 
     if dtype == "BF16":
-        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+        wide = np.frombuffer(data, "<u2").astype("<u4")
+        wide <<= 16
+        return wide.view("<f4")
     return np.frombuffer(data, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]).astype(
         "<f8" if dtype == "F64" else "<f4"
     )

@@ -205,7 +205,7 @@ def logit_change(
 def _finite(x, name: str, which: str) -> torch.Tensor:
     "The numbers as a tensor, if every one of them is one."
     tensor = torch.as_tensor(x)
-    if not tensor.isfinite().all():
+    if not tensor.sum().isfinite() and not tensor.isfinite().all():  # one pass; a sum may also overflow
         raise CheckpointError(
             f"{name} of {which} holds NaN or inf: find out what broke it before anything is solved with it"
         )
