@@ -72,7 +72,7 @@ def tokenizer() -> "PreTrainedTokenizerFast":
 def speaks_recall(
     tokenizer,
 ) -> bool:
-    "Whether it knows these words: then a model can be asked in them."
+    "Whether it knows these words: then a model can be evaluated in them."
     return token_id.items() <= tokenizer.get_vocab().items()
 
 # %% ../nbs/04_recall.ipynb #04e147b0
