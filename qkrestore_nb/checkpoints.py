@@ -765,10 +765,9 @@ def _copy_all(
     progress: Callable[[int], None] | None,
     sync: bool,
 ) -> None:
-    """Copy files. With sync the disk is what takes time, so it gets the first file as soon as it can be, and then
-    others while they are copied one by one; without, several are copied at a time."""
+    "Copy several files at a time. With sync the disk gets a large file while others are still copied."
     stop, one = threading.Event(), threading.Lock()
-    lanes = threading.Semaphore(1 if sync else min(4, os.cpu_count() or 1))
+    lanes = threading.Semaphore(min(4, os.cpu_count() or 1))
 
     def told(n: int) -> None:
         if stop.is_set():
@@ -782,7 +781,7 @@ def _copy_all(
         with lanes:
             told(0)
             copy_file(pair[0], pair[1], told)
-        if sync:
+        if sync and os.stat(pair[1]).st_size > 1 << 24:
             to_disk(Path(pair[1]))
 
     _side_by_side(copy, pairs, stop)
