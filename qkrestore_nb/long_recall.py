@@ -146,7 +146,8 @@ class Tune:
     layout: str = "single"       # one problem a row; "packed" end to end; "borders": packed, with document borders
     rank: int = 0                # of a LoRA adapter; 0: all weights
     seed: int = 0
-    full: bool = True            # all variants and lengths; False: the decisive ones, at the primary length
+    full: bool = True            # at all lengths; False: at the primary length
+    further: bool = False        # the less important variants, too
 
     @property
     def file(self) -> str: return f"{self.name}-seed{self.seed}.json"
@@ -194,20 +195,20 @@ def _tunes() -> tuple[Tune, ...]:
     low, middle, high = 1e-4, 3e-4, 1e-3
     return (
         Tune("pre"),
+        Tune("near-1e-3", high, further=True),
         Tune("near-3e-4", middle),
-        Tune("near-1e-3", high),
         Tune("packed-1e-3", high, layout="packed"),
         Tune("borders-1e-3", high, layout="borders"),
         Tune("near-1e-4", low),
-        Tune("far-1e-3", high, chains="far"),
-        Tune("lora-1e-3", high, rank=16),
-        Tune("transformer-pre", base="transformer"),
-        Tune("transformer-1e-3", high, base="transformer"),
         *seeds(name="near-1e-3", lr=high),
-        *seeds(name="near-3e-4", lr=middle),
-        Tune("prose-1e-3", high, chains="prose", full=False),
+        *seeds(name="near-3e-4", lr=middle, full=False),
         *seeds(name="packed-1e-3", lr=high, layout="packed", full=False),
         *seeds(name="borders-1e-3", lr=high, layout="borders", full=False),
+        Tune("lora-1e-3", high, rank=16),
+        Tune("far-1e-3", high, chains="far"),
+        Tune("transformer-pre", base="transformer"),
+        Tune("transformer-1e-3", high, base="transformer"),
+        Tune("prose-1e-3", high, chains="prose", full=False),
         *seeds(name="near-1e-4", lr=low, full=False),
         *seeds(name="lora-1e-3", lr=high, rank=16, full=False),
         *seeds(name="transformer-1e-3", lr=high, base="transformer", full=False),
@@ -218,25 +219,25 @@ plans: dict[str, Plan] = dict(
     gpu=Plan(
         base=(
             Stage("align", 512, 150, 1e-3, 180_000),
-            Stage("distil", 2048, 500, 8e-4, 150_000),
-            Stage("long", 16384, 300, 4e-4, 90_000),
-            Stage("longer", 32768, 110, 2e-4, 75_000),
+            Stage("distil", 2048, 600, 8e-4, 150_000),
+            Stage("long", 16384, 400, 4e-4, 90_000),
+            Stage("longer", 32768, 120, 2e-4, 75_000),
         ),
         soft=(Stage("soft-short", 2048, 150, 3e-4, 130_000), Stage("soft-long", 16384, 300, 3e-4, 55_000)),
         tunes=_tunes(),
         cells=(
             Cell("single_1", 16384, 64),
-            Cell("single_2", 1024, 128),
-            Cell("single_2", 4096, 128, spoken=32),
-            Cell("single_2", 16384, 128, primary=True, spoken=32),
+            Cell("single_2", 1024, 256),
+            Cell("single_2", 4096, 256, spoken=32),
+            Cell("single_2", 16384, 256, primary=True, spoken=32),
             Cell("single_2", 32768, 48),
-            Cell("single_3", 1024, 128),
-            Cell("single_3", 4096, 128),
-            Cell("single_3", 16384, 128, primary=True, spoken=32),
+            Cell("single_3", 1024, 256),
+            Cell("single_3", 4096, 256),
+            Cell("single_3", 16384, 256, primary=True, spoken=32),
             Cell("single_3", 32768, 48),
             Cell("multikey_1", 1024, 64, 4),
-            Cell("multikey_1", 4096, 48, 4),
-            Cell("multikey_1", 16384, 48, 4, primary=True, spoken=32),
+            Cell("multikey_1", 4096, 64, 4),
+            Cell("multikey_1", 16384, 64, 4, primary=True, spoken=32),
             Cell("multikey_1", 32768, 24, 4),
         ),
     )
@@ -260,7 +261,7 @@ plans["smoke"] = replace(
     soft=(Stage("soft-long", 512, 2, 3e-4),),
     tunes=(
         Tune("pre"),
-        Tune("near-1e-3", 1e-3),
+        Tune("near-1e-3", 1e-3, further=True),
         Tune("borders-1e-3", 1e-3, layout="borders"),
         Tune("lora-1e-3", 1e-3, rank=4, chains="far", full=False),
         Tune("packed-1e-3", 1e-3, layout="packed", full=False),
@@ -273,7 +274,6 @@ plans["smoke"] = replace(
 # %% ../nbs/12b_long_recall.ipynb #217898dd
 def predicted(
     plan: Plan,
-    gpus: int = 4,
 ) -> list[tuple[str, float]]:
     "Stage and expected seconds of wall time, start and compilation included; fine-tunings in GPU seconds."
     out = [("start, teacher, data", 30.)]
@@ -282,9 +282,9 @@ def predicted(
     whole, some = read(plan.cells), read(c for c in plan.cells if c.primary)
     for t in plan.tunes:
         trained = plan.weighted * 1.45 / (100_000 if t.base == "hybrid" else 70_000) + 30 if t.lr else 15
-        asked = len(decisive) * whole + len(further) * some if t.full else len(decisive) * some
+        asked = len(decisive) * (whole if t.full else some) + len(further) * some * t.further
         asked = asked if t.lr else whole
-        chains = 8 * (len(decisive) + (len(further) if t.full else 0)) if t.lr else 8
+        chains = 8 * (len(decisive) + len(further) * t.further) if t.lr else 8
         out.append((f"{t.name}, seed {t.seed}", trained + asked / 500_000 + chains))
     return out
 
@@ -635,6 +635,8 @@ def base(
                 f"{name} {stage.name}: {record['stages'][-1]['wall_s']} s, loss {log[-1]['loss']:.3f}, "
                 f"{log[-1]['tokens_per_s']:,} tokens/s a process"
             )
+    for p in model.parameters():
+        p.data = p.data.bfloat16().float()  # as a checkpoint is published: half the bytes hold it
     if me == 0:
         model.save_pretrained(runs / f"{name}.part"), tokenizer.save_pretrained(runs / f"{name}.part")
         (runs / f"{name}.part").rename(runs / name)
@@ -848,12 +850,12 @@ def tuned(
     tune: Tune,
     workers: int = 0,
 ) -> tuple[dict, list[dict]]:
-    "State dict after fine-tuning, float32 on the CPU, and the log; kept in RUNS."
+    "State dict after fine-tuning, float32 on the CPU, and the log; a checkpoint in RUNS."
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-    path = runs / f"{tune.name}-seed{tune.seed}.pt"
+    path = runs / f"{tune.name}-seed{tune.seed}"
     if path.exists():
-        saved = torch.load(path, weights_only=True)
-        return saved["model"], saved["log"]
+        state = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
+        return state, json.loads((path / "log.json").read_text())
     profile = _machine()
     set_seed(tune.seed)
     model = AutoModelForCausalLM.from_pretrained(runs / tune.base, dtype=torch.float32).to(profile.device)
@@ -884,8 +886,10 @@ def tuned(
                 loss=partial(chain_loss, borders=tune.layout == "borders"), label=tune.name)
     if tune.rank: model = model.merge_and_unload()
     state = {k: v.cpu() for k, v in model.state_dict().items()}
-    torch.save(dict(model=state, log=log), path.with_suffix(".part"))
-    path.with_suffix(".part").rename(path)
+    part = path.with_name(f"{path.name}.part")
+    model.save_pretrained(part), tokenizer.save_pretrained(part)
+    (part / "log.json").write_text(json.dumps(log))
+    part.rename(path)
     return state, log
 
 # %% ../nbs/12b_long_recall.ipynb #29a612dc
@@ -1023,7 +1027,7 @@ def evaluated(
     post, log = tuned(runs, plan, tune, workers) if tune.lr else (None, [])
     trained_s = round(time.perf_counter() - then, 1)
     asker = _Asker(runs, plan, tune)
-    names = ("pre",) if post is None else decisive + (further if tune.full else ())
+    names = ("pre",) if post is None else decisive + further * tune.further
     if "linear_attention" not in asker.config.layer_types: names = tuple(n for n in names if "linear" not in n)
     scores = record.get("scores", {})
     for i, name in enumerate(names):
