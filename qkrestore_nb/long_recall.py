@@ -34,7 +34,7 @@ from .distill import align, calibrate, convert, judged, replies
 from .experiment import cell
 from .finetune import encode_chat
 from .hypenet import compile_layers, greedy, text_ends
-from .prose import local_text, prose_test
+from .prose import local_text, prose_test, small_tokenizer
 from .training import compiled, train
 from .variants import variant
 
@@ -475,21 +475,8 @@ def tiny_teacher(
     vocabulary: int = 1000,
 ) -> None:
     "A transformer of random weights with a tokenizer of its own, to see that the path works."
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(
-        [" ".join(local_text())[:400_000]],
-        vocab_size=vocabulary,
-        special_tokens=["<|end|>", "<|user|>", "<|assistant|>"],
-        show_progress=False,
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    )
-    tokenizer.save_pretrained(folder)
+    from transformers import LlamaConfig, LlamaForCausalLM
+    small_tokenizer(vocabulary).save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=64,

@@ -2,13 +2,17 @@
 
 # %% auto #0
 __all__ = ['kinds', 'noise', 'depths', 'sentence', 'local_keys', 'local_text', 'sentences', 'haystack', 'prompt', 'count_tokens',
-           'check_tokenizer', 'prose_test', 'score']
+           'check_tokenizer', 'prose_test', 'small_tokenizer', 'score']
 
 # %% ../nbs/04a_prose.ipynb #75ac3a11
 import random
 import re
 import uuid
 from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # %% ../nbs/04a_prose.ipynb #f8a0f4ae
 def sentence(
@@ -226,6 +230,25 @@ def prose_test(
         needle = lambda q: hay["context"].find(f": {q['answers'][0]}.") / len(hay["context"])
         out.append(hay | dict(tokens=T - room + over, depths=[needle(q) for q in hay["questions"]]))
     return out
+
+# %% ../nbs/04a_prose.ipynb #5ma11t0k
+def small_tokenizer(
+    size: int = 4000,          # tokens, three special ones included
+    words: int | None = None,  # of `local_text` to learn from; None: all
+) -> "PreTrainedTokenizerFast":
+    "A byte-level BPE tokenizer with a chat template, learned from `local_text`."
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+    bpe, special = ByteLevelBPETokenizer(), ["<|end|>", "<|user|>", "<|assistant|>"]
+    bpe.train_from_iterator(
+        [" ".join(local_text()[:words])], vocab_size=size, special_tokens=special, show_progress=False
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    return tokenizer
 
 # %% ../nbs/04a_prose.ipynb #fd32e5dc
 def score(

@@ -262,14 +262,8 @@ def bad(request, tmp_path):
 # ---- a tiny hybrid that runs, its tokenizer, and something to learn
 
 def small_tokenizer(size: int = 1000):
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import PreTrainedTokenizerFast
-    from qkrestore_nb.prose import local_text
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([" ".join(local_text()[:20000])], vocab_size=size, special_tokens=["<|end|>", "<|user|>", "<|assistant|>"], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
-    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    return tokenizer
+    from qkrestore_nb.prose import small_tokenizer
+    return small_tokenizer(size, 20000)
 
 
 def write_sums(file: Path, n: int = 200):

@@ -15,22 +15,14 @@ from os.path import commonprefix
 from pathlib import Path
 
 import torch
-from tokenizers import ByteLevelBPETokenizer
-from transformers import PreTrainedTokenizerFast, set_seed
+from transformers import set_seed
 
 from qkrestore_nb.core import provenance
 from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM, prefill
-from qkrestore_nb.prose import local_text, prompt, prose_test
+from qkrestore_nb.prose import prompt, prose_test, small_tokenizer
 from qkrestore_nb.scale import right_in_prose
 
 CHUNK = 16384
-
-
-def english(size: int = 1000) -> PreTrainedTokenizerFast:
-    bpe = ByteLevelBPETokenizer()
-    text = [" ".join(local_text()[:20000])]
-    bpe.train_from_iterator(text, vocab_size=size, special_tokens=["<|end|>"], show_progress=False)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
 
 
 def hybrid(hidden: int, layers: int) -> HypeNetForCausalLM:
@@ -58,7 +50,7 @@ def main() -> None:
     parser.add_argument("--room", type=int, nargs="+", default=[9, 128])
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    tokenizer, model = english(), hybrid(args.hidden, args.layers)
+    tokenizer, model = small_tokenizer(1000, 20000), hybrid(args.hidden, args.layers)
     model.generation_config.eos_token_id = None
     tokenizer.eos_token = None  # so that no answer ends early
     rows = []

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import torch
 from many_gpus import SMOKE
-from tokenizers import ByteLevelBPETokenizer
-from transformers import PreTrainedTokenizerFast, StaticCache
+from transformers import StaticCache
 
 from qkrestore_nb.core import provenance
 from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM
-from qkrestore_nb.prose import local_text, prose_test, score
+from qkrestore_nb.prose import local_text, prose_test, score, small_tokenizer
 from qkrestore_nb.scale import ask, compiled_step, continued, lm_eval_scores
 
 TASKS = ["niah_single_1", "niah_single_2", "niah_multikey_1"]
@@ -32,12 +31,6 @@ def clock(f):
     if GPU:
         torch.cuda.synchronize()
     return got, time.perf_counter() - then
-
-
-def tokenizer_of_this_machine():
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([" ".join(local_text())], vocab_size=4000, special_tokens=["<|end|>"], show_progress=False)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
 
 
 def make(tokenizer, tiny: bool) -> HypeNetForCausalLM:
@@ -94,7 +87,7 @@ def main():
     p.add_argument("--limit", type=int, default=2)
     p.add_argument("--tiny", action="store_true")
     a = p.parse_args()
-    tokenizer = tokenizer_of_this_machine()
+    tokenizer = small_tokenizer()
     model, words, rows = make(tokenizer, a.tiny), local_text(), []
     for T in a.lengths:
         scores, samples, seconds = by_lm_eval(model, tokenizer, T, a.limit, words[:3000] if a.tiny else words)

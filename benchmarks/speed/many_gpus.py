@@ -299,16 +299,9 @@ def prepare(j: dict, folder: Path):
 
 
 def write_pre(j: dict, pre: str):
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import PreTrainedTokenizerFast
+    from qkrestore_nb.prose import small_tokenizer
 
-    from qkrestore_nb.prose import local_text
-
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([" ".join(local_text())], vocab_size=4000, special_tokens=["<|end|>"], show_progress=False)
-    PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>").save_pretrained(
-        pre
-    )
+    small_tokenizer().save_pretrained(pre)
     make(j).save_pretrained(pre)
 
 

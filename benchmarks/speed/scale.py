@@ -16,14 +16,12 @@ import time
 from pathlib import Path
 
 import torch
-from tokenizers import ByteLevelBPETokenizer
-from transformers import PreTrainedTokenizerFast
 
 from qkrestore_nb.core import provenance
 from qkrestore_nb.families import planned_tensors
 from qkrestore_nb.hypenet import HypeNetConfig, HypeNetForCausalLM
 from qkrestore_nb.procrustes import qk_pro
-from qkrestore_nb.prose import local_text, prose_test
+from qkrestore_nb.prose import prose_test, small_tokenizer
 from qkrestore_nb.scale import ask, compiled_step, needs
 
 PEAK = {"H100": 989e12, "H200": 989e12}  # dense bf16 FLOP/s by the vendor's data sheets
@@ -64,12 +62,6 @@ def make(size: str, seed: int = 0) -> HypeNetForCausalLM:
     finally: torch.set_default_dtype(torch.float32)
 
 
-def tokenizer():
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([" ".join(local_text())], vocab_size=4000, show_progress=False)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
-
-
 def record(out: Path, name: str, config: dict, **result):
     from importlib.metadata import PackageNotFoundError, version
     try: config["flash-linear-attention"] = version("fla-core")
@@ -81,7 +73,7 @@ def record(out: Path, name: str, config: dict, **result):
 def reading(out: Path, size: str):
     "Seconds for one needle (reading and answering), and for each further question on the same haystack."
     from transformers import StaticCache
-    words, model = tokenizer(), make(size)
+    words, model = small_tokenizer(), make(size)
     first_s = clock(lambda: ask(model, words, prose_test("multikey_1", words, 20000 if not TINY else 1024, 1)[0], room=4))  # kernels are chosen and compiled once
     for T in LENGTHS:
         torch._dynamo.reset()  # a program for this length's cache, not one for any
