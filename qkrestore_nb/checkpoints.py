@@ -767,7 +767,6 @@ def _copy_all(
 ) -> None:
     "Copy several files at a time. With sync the disk gets a large file while others are still copied."
     stop, one = threading.Event(), threading.Lock()
-    lanes = threading.Semaphore(min(4, os.cpu_count() or 1))
 
     def told(n: int) -> None:
         if stop.is_set():
@@ -778,9 +777,8 @@ def _copy_all(
                 progress(n)
 
     def copy(pair: tuple[str, str]) -> None:
-        with lanes:
-            told(0)
-            copy_file(pair[0], pair[1], told)
+        told(0)
+        copy_file(pair[0], pair[1], told)
         if sync and os.stat(pair[1]).st_size > 1 << 24:
             to_disk(Path(pair[1]))
 

@@ -180,8 +180,8 @@ class Plan:
     step_tokens: int = 32768     # of a step on one GPU, while the base is made
     tune_tokens: int = 16384     # of a step of a fine-tuning
     span: int = 2048             # tokens that the teacher sees
-    weighted: int = 4_000_000    # tokens with weight that a fine-tuning reads
-    pool: int = 12_000           # problems made of each kind of chain
+    weighted: int = 12_000_000    # tokens with weight that a fine-tuning reads
+    pool: int = 24_000           # problems made of each kind of chain
     rows: tuple[int, ...] = (1024, 2048, 4096)  # lengths of rows with one problem
     packed: int = 16384          # length of packed rows
     problems: int = 128          # held-out problems to be solved, as many of each kind
@@ -222,6 +222,9 @@ plans: dict[str, Plan] = dict(
             Stage("distil", 2048, 600, 8e-4, 150_000),
             Stage("long", 16384, 400, 4e-4, 90_000),
             Stage("longer", 32768, 120, 2e-4, 75_000),
+            Stage("again-4k", 4096, 700, 8e-4, 150_000),
+            Stage("again-16k", 16384, 1400, 6e-4, 130_000),
+            Stage("again-32k", 32768, 200, 3e-4, 110_000),
         ),
         soft=(Stage("soft-short", 2048, 150, 3e-4, 130_000), Stage("soft-long", 16384, 300, 3e-4, 55_000)),
         tunes=_tunes(),
@@ -412,7 +415,7 @@ def needles(
     return ids[:n], list(zip(ids[n:n + questions], ids[n + questions:]))
 
 # %% ../nbs/12b_long_recall.ipynb #56185b67
-answer_weight = 8.  # of a token of an answer; such tokens are learned from the text, all others from the teacher
+answer_weight = 32.  # of a token of an answer; such tokens are learned from the text, all others from the teacher
 
 
 def distance_row(
@@ -428,8 +431,8 @@ def distance_row(
         a = rng.randrange(max(1, len(prose.ids) - T))
         return prose.ids[a:a + T].copy(), np.ones(T, np.float32)
     lines = draw < .5  # a haystack of needles alone
-    n = max(2, min(T // 40, 800)) if lines else rng.randint(1, max(1, min(32, T // 160)))
-    said, asked = needles(rng, tokenizer, n, min(n, max(1, T // 250), rng.randint(1, 48)), lines or rng.random() < .6)
+    n = max(2, min(T // 40, 800)) if lines else rng.randint(1, max(1, min(64, T // 160)))
+    said, asked = needles(rng, tokenizer, n, min(n, max(1, T // 250), 64), lines or rng.random() < .6)
     tail = [t for q, a in asked for t in [*q, *a]]
     weight = [w for q, a in asked for w in [.1] * len(q) + [answer_weight] * len(a)]
     while sum(map(len, said)) + len(tail) > T - 16 and len(asked) > 1:  # too much for a short row

@@ -64,7 +64,7 @@ def countdown(rng: random.Random, near: bool, words: bool, steps: int) -> Proble
     """Join all numbers to reach a target, depth first, with a retreat where it fails. None where the search is far from
     `steps`."""
     say = in_words if words else str
-    numbers = tuple(rng.randint(2, 25) for _ in range(4))
+    numbers = tuple(rng.randint(2, 25) for _ in range(rng.choice((3, 4))))
     target, left = 0, numbers
     while len(left) > 1:
         moves = _moves(left, rng)
@@ -139,7 +139,7 @@ _places = (
 
 def graph(rng: random.Random, near: bool, words: bool, steps: int) -> Problem | None:
     "Find a way between two places, depth first. None where there is none, or the search is far from `steps`."
-    places = rng.sample(_places, rng.randint(7, 12))
+    places = rng.sample(_places, rng.randint(5, 12))
     roads: dict[str, list[str]] = {p: [] for p in places}
     for p in places: roads[p] = rng.sample([x for x in places if x != p], rng.randint(1, 3))
     start, end = places[0], places[-1]
@@ -210,8 +210,8 @@ def sudoku(rng: random.Random, near: bool, words: bool, steps: int) -> Problem |
     """Fill a four by four grid, cell by cell, with a retreat where nothing fits. None where the search is far from
     `steps`."""
     say = (lambda n: in_words(n) if n else "blank") if words else (lambda n: str(n) if n else "blank")
-    grid = _drawn_grid(rng)
-    for r, c in rng.sample([(r, c) for r in range(4) for c in range(4)], rng.randint(8, 12)): grid[r][c] = 0
+    grid, blanks = _drawn_grid(rng), rng.randint(min(4 + steps // 6, 8), min(12, max(6, steps)))
+    for r, c in rng.sample([(r, c) for r in range(4) for c in range(4)], blanks): grid[r][c] = 0
     given = tuple(map(tuple, grid))
     row_of = lambda r: f"row {in_words(r + 1)} is {', '.join(map(say, grid[r]))}"
     shown = lambda: "; ".join(row_of(r) for r in range(4))
@@ -319,16 +319,22 @@ def right(
 def problems(
     seed,                    # anything that seeds random.Random
     near: bool = True,  # every step restates what it needs; False: it looks back to the question and to earlier steps
-    least: int = 0,          # words of prompt and completion; 0: 300 near, 150 far
+    least: int = 0,          # words of prompt and completion; 0: 60 near, 40 far
     most: int = 2600,
     among: tuple[str, ...] = tuple(kinds),
 ) -> Iterator[Problem]:
-    "Problems without end, as many of each kind, half of them with their numbers in words."
-    rng, least = random.Random(f"{seed}"), least or (300 if near else 150)
+    """Problems without end, as many of each kind, half of them with their numbers in words. The limits of their sizes
+    are spread evenly in the logarithm, so that short ones are learned, too."""
+    rng, least = random.Random(f"{seed}"), least or (60 if near else 40)
     while True:
         kind, words = rng.choice(among), rng.random() < .5
-        for _ in range(100):
-            made = kinds[kind][0](rng, near, words, int(most / (30 if near else 15)))
-            if made and least <= len(made.prompt.split()) + len(made.completion.split()) <= most:
-                yield made
-                break
+        limit = least * (most / least) ** rng.random()
+        low, made = max(least, limit / 3), None
+        while made is None:
+            for _ in range(20):
+                p = kinds[kind][0](rng, near, words, int(limit / (30 if near else 15)))
+                if p and low <= len(p.prompt.split()) + len(p.completion.split()) <= limit:
+                    made = p
+                    break
+            low, limit = least, min(most, 1.3 * limit)  # no search of this kind is of that size
+        yield made
