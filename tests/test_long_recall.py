@@ -64,7 +64,11 @@ def test_rows_ask_at_the_end_for_what_they_hold(T, tokenizer, prose):
 
 def test_formats_are_not_the_tests():
     ours = sentence("numbers", "KEY", "VALUE")
-    assert all("special magic" not in a + b for a, b in lr.formats) and "special magic" in ours
+    made = {lr._format(random.Random(i)) for i in range(3000)}
+    assert len(made) > 2900 and "special magic" in ours
+    assert all("magic" not in a + b and "One of" not in a and "mentioned" not in b for a, b in made)
+    filled = [(a.format(k="KEY", v="VALUE"), b.format(k="KEY")) for a, b in made]
+    assert all("KEY" in a and "VALUE" in a and "KEY" in b for a, b in filled)
 
 
 def test_lookup_says_what_greedy_decoding_among_the_choices_says():
