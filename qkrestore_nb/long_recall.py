@@ -226,6 +226,9 @@ plans: dict[str, Plan] = dict(
             Stage("again-4k", 4096, 700, 8e-4, 150_000),
             Stage("again-16k", 16384, 1400, 6e-4, 130_000),
             Stage("again-32k", 32768, 200, 3e-4, 110_000),
+            Stage("formats-4k", 4096, 400, 6e-4, 150_000),  # from here on with formats put together from parts
+            Stage("formats-16k", 16384, 700, 5e-4, 130_000),
+            Stage("formats-32k", 32768, 100, 2e-4, 110_000),
         ),
         soft=(Stage("soft-short", 2048, 150, 3e-4, 130_000), Stage("soft-long", 16384, 300, 3e-4, 55_000)),
         tunes=_tunes(),
@@ -279,17 +282,18 @@ plans["smoke"] = replace(
 def predicted(
     plan: Plan,
 ) -> list[tuple[str, float]]:
-    "Stage and expected seconds of wall time, start and compilation included; fine-tunings in GPU seconds."
+    """Stage and expected seconds of wall time, start and compilation included; fine-tunings in GPU seconds, as measured
+    on an H200 that three of them share."""
     out = [("start, teacher, data", 30.)]
     out += [(s.name, s.steps * plan.step_tokens / s.tokens_s + 20) for s in plan.base]
     read = lambda cells: sum(c.haystacks * c.T for c in cells)
     whole, some = read(plan.cells), read(c for c in plan.cells if c.primary)
     for t in plan.tunes:
-        trained = plan.weighted * 1.45 / (100_000 if t.base == "hybrid" else 70_000) + 30 if t.lr else 15
+        trained = plan.weighted * 1.45 / (230_000 if t.base == "hybrid" else 160_000) + 10 if t.lr else 5
         asked = len(decisive) * (whole if t.full else some) + len(further) * some * t.further
         asked = asked if t.lr else whole
-        chains = 8 * (len(decisive) + len(further) * t.further) if t.lr else 8
-        out.append((f"{t.name}, seed {t.seed}", trained + asked / 500_000 + chains))
+        chains = 4 * (len(decisive) + len(further) * t.further) if t.lr else 4
+        out.append((f"{t.name}, seed {t.seed}", trained + asked / 900_000 + chains))
     return out
 
 # %% ../nbs/12b_long_recall.ipynb #c938a697
