@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['decisive', 'further', 'plans', 'told', 'asked_so', 'begun_so', 'answer_weight', 'curve', 'contrasts', 'Stage', 'Tune',
-           'Cell', 'Plan', 'predicted', 'books', 'Prose', 'tokenized', 'needles', 'distance_row', 'distance_batch',
-           'tiny_teacher', 'guided', 'ranks', 'taught', 'base', 'load_prose', 'asked_row', 'make_data', 'load_pool',
-           'filled', 'chain_batch', 'chain_loss', 'tuned', 'looked_up', 'scored', 'solved', 'held_out', 'evaluated',
-           'said']
+           'Cell', 'Plan', 'predicted', 'books', 'Prose', 'tokenized', 'needles', 'hidden', 'distance_row',
+           'distance_batch', 'tiny_teacher', 'guided', 'ranks', 'taught', 'base', 'load_prose', 'asked_row', 'own_row',
+           'make_data', 'load_pool', 'filled', 'chain_batch', 'chain_loss', 'tuned', 'looked_up', 'scored', 'solved',
+           'held_out', 'evaluated', 'said']
 
 # %% ../nbs/12b_long_recall.ipynb #imports0
 import json
@@ -157,7 +157,7 @@ class Tune:
 @dataclass(frozen=True)
 class Cell:
     "One cell of the evaluation."
-    kind: str        # of `prose.kinds`
+    kind: str        # of `prose.kinds`, or "own": a format that the base is trained on
     T: int           # tokens
     haystacks: int
     questions: int = 1   # a haystack, one behind the other
@@ -246,6 +246,10 @@ plans: dict[str, Plan] = dict(
             Cell("multikey_1", 4096, 64, 4),
             Cell("multikey_1", 16384, 64, 4, primary=True, spoken=32),
             Cell("multikey_1", 32768, 24, 4),
+            Cell("own", 1024, 64, 4),
+            Cell("own", 4096, 64, 4),
+            Cell("own", 16384, 64, 4, primary=True),
+            Cell("own", 32768, 24, 4),
         ),
     )
 )
@@ -275,7 +279,7 @@ plans["smoke"] = replace(
         Tune("prose-1e-3", 1e-3, chains="prose", full=False),
         Tune("transformer-1e-3", 1e-3, base="transformer", full=False),
     ),
-    cells=(Cell("single_2", 700, 3, primary=True, spoken=2), Cell("multikey_1", 700, 2, 4)),
+    cells=(Cell("single_2", 700, 3, primary=True, spoken=2), Cell("multikey_1", 700, 2, 4), Cell("own", 700, 2, 4)),
 )
 
 # %% ../nbs/12b_long_recall.ipynb #217898dd
@@ -448,6 +452,24 @@ def needles(
 answer_weight = 32.  # of a token of an answer; such tokens are learned from the text, all others from the teacher
 
 
+def hidden(
+    rng: random.Random,
+    prose: Prose,
+    said: list[list[int]],  # sentences as tokens
+    size: int,              # tokens of prose
+    together: bool = False,  # in one block
+) -> tuple[np.ndarray, np.ndarray]:
+    "Prose with sentences hidden between its own: ids, and which of them are hidden."
+    a = rng.randrange(max(1, len(prose.ids) - size))
+    body = prose.ids[a:a + size]
+    ends = prose.cuts[(prose.cuts > a) & (prose.cuts < a + size)] - a
+    ends = ends.tolist() or [size // 2]
+    places = [rng.choice(ends)] * len(said) if together else sorted(rng.choices(ends, k=len(said)))
+    pieces = [x for a, b, s in zip([0, *places], [*places, size], [*said, []]) for x in (body[a:b], s)]
+    hides = [np.full(len(x), i % 2) for i, x in enumerate(pieces)]
+    return np.concatenate(pieces).astype(np.int64), np.concatenate(hides).astype(bool)
+
+
 def distance_row(
     rng: random.Random,
     tokenizer,
@@ -469,23 +491,9 @@ def distance_row(
         cut = sum(map(len, asked.pop()))
         tail, weight = tail[:-cut], weight[:-cut]
     if sum(map(len, said)) + len(tail) > T - 16: return distance_row(rng, tokenizer, prose, T)
-    size = T - len(tail) - sum(map(len, said))
-    a = rng.randrange(max(1, len(prose.ids) - size))
-    body = prose.ids[a:a + size]
-    inside = prose.cuts[(prose.cuts > a) & (prose.cuts < a + size)] - a
-    if not len(inside): inside = np.array([size // 2])
-    places = sorted(rng.choices(inside.tolist(), k=n))
-    if lines:
-        start = rng.choice(inside.tolist())
-        places = [start] * n  # one block of records somewhere in the text
-    parts, weights, last = [], [], 0
-    for place, s in zip(places, said):
-        parts += [body[last:place], s]
-        weights += [np.ones(place - last), np.full(len(s), .1)]
-        last = place
-    parts += [body[last:], tail]
-    weights += [np.ones(size - last), weight]
-    return np.concatenate(parts).astype(np.int64), np.concatenate(weights).astype(np.float32)
+    ids, needle = hidden(rng, prose, said, T - len(tail) - sum(map(len, said)), lines)
+    weights = np.concatenate([np.where(needle, .1, 1.), weight])
+    return np.concatenate([ids, tail]).astype(np.int64), weights.astype(np.float32)
 
 # %% ../nbs/12b_long_recall.ipynb #3e3301e8
 def distance_batch(
@@ -692,12 +700,9 @@ def _haystacks(job):
     folder, c, seed, n = job
     from transformers import AutoTokenizer
     tokenizer, rng = AutoTokenizer.from_pretrained(folder), random.Random(f"{seed} {c.kind} {c.T}")
-    return [
-        asked_row(tokenizer, hay, rng)
-        for hay in prose_test(
-            c.kind, tokenizer, c.T, n, c.questions, seed=seed, room=max(64, 70 * (c.questions - 1) + 64)
-        )
-    ]
+    if c.kind == "own": return [own_row(tokenizer, load_prose(folder.parent), rng, c.T, c.questions) for _ in range(n)]
+    room = max(64, 70 * (c.questions - 1) + 64)
+    return [asked_row(tokenizer, hay, rng) for hay in prose_test(c.kind, tokenizer, c.T, n, c.questions, seed, room)]
 
 # %% ../nbs/12b_long_recall.ipynb #56a1d9e4
 def asked_row(
@@ -727,6 +732,26 @@ def asked_row(
         ids += (dot if i else []) + ask
         spans.append((len(ids), len(ids) + len(given[i])))
         ids += given[i]
+    return dict(ids=ids, spans=spans, choices=given)
+
+# %% ../nbs/12b_long_recall.ipynb #ownrow01
+def own_row(
+    tokenizer,
+    prose: Prose,
+    rng: random.Random,
+    T: int,         # tokens
+    questions: int,
+    choices: int = 8,  # needles, all in one format, whose values are the choices
+) -> dict:
+    "As `asked_row`, in a format that the base is trained on: what is lost here is recall and not the test's format."
+    said, asked = needles(rng, tokenizer, choices, choices, True)
+    given, spans = [a[:-1] for _, a in asked], []  # without the full stop
+    tail = sum(len(q) + len(a) for q, a in asked[:questions])
+    ids = hidden(rng, prose, said, T - tail - sum(map(len, said)))[0].tolist()
+    for (ask, answer), value in zip(asked[:questions], given):
+        ids += ask
+        spans.append((len(ids), len(ids) + len(value)))
+        ids += answer
     return dict(ids=ids, spans=spans, choices=given)
 
 # %% ../nbs/12b_long_recall.ipynb #283fb3b0
