@@ -393,7 +393,7 @@ def delta_rule_recurrent(
     k: torch.Tensor,                    # (B, T, H, D), of length one as a rule
     v: torch.Tensor,                    # (B, T, H, D)
     decay: torch.Tensor,                # (B, T, H) logarithm of each token's factor, <= 0
-    beta: torch.Tensor,                 # (B, T, H) how much of the old value is erased, 0 to 1
+    beta: torch.Tensor,                 # (B, T, H) how much of the old value the new one replaces, 0 to 1
     state: torch.Tensor | None = None,  # (B, H, D, D); None: nothing stored yet
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "The gated delta rule (arXiv 2412.06464), one token after another."

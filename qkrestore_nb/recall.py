@@ -58,8 +58,7 @@ digits, letters, keys, words = ids_of("0", 10), ids_of("a", 32), ids_of("k0", 12
 
 # %% ../nbs/04_recall.ipynb #5e5e19a2
 def tokenizer() -> "PreTrainedTokenizerFast":
-    """The vocabulary as a tokenizer of transformers: words between spaces, so that every checkpoint folder can be read
-    aloud."""
+    """The vocabulary as a tokenizer of transformers, words between spaces, for every checkpoint folder."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     t = Tokenizer(models.WordLevel(token_id, unk_token="PAD"))
