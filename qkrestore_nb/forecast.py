@@ -48,7 +48,7 @@ def first_step(
     groups: Iterable[str] | None = None,  # as `drift.group_of` names them; None: all weights
     softmax: Collection[int] = (),  # numbers of the softmax layers
 ) -> float:
-    "Change of the loss on needles a unit of learning rate, when every weight steps against the sign of its gradient."
+    "Change of the loss on needles a unit of learning rate, when weights step against the sign of the data's gradient."
     from qkrestore_nb.drift import group_of
     wanted = None if groups is None else set(groups)
     return sum(

@@ -27,7 +27,7 @@ _pairs = dict(  # name -> minuend and subtrahend
 
 @dataclass(frozen=True)
 class Effects:
-    "What a kind of fine-tuning did to recall, and what each repair brings; points, over seeds."
+    "What a kind of fine-tuning did to recall, and what each repair adds; points, over seeds."
     kind: str
     seeds: tuple[int, ...]
     right: dict[str, Estimate]  # variant -> percent right
