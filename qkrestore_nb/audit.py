@@ -64,7 +64,7 @@ def verdict(
     regained: tuple,  # of post and restored on recall
     reasoning: tuple | None = None,  # of post and restored on tasks
     gained: tuple | None = None,  # of pre and post on tasks
-    before: float | None = None,  # percent that pre gets right; None: no tasks
+    before: float | None = None,  # percent of recall that pre gets right; None: not checked
     moved: bool = True,  # whether anything that a restore would change differs at all
 ) -> tuple[str, str]:
     "'restore', 'do not' or 'inconclusive', and why."

@@ -571,7 +571,7 @@ def _four_bits(numbers):
 
 def _warn_of_leaks(model) -> None:
     from qkrestore_nb.hypenet import HypeNetConfig
-    if isinstance(model.config, HypeNetConfig) or not leaks(model): return  # HypeNet does not, which chapter 3 shows
+    if isinstance(model.config, HypeNetConfig) or not leaks(model): return  # HypeNet does not, which chapter 3a shows
     warnings.warn(
         "in this family a conversation sees the one before it in its row: compare with rows of one conversation each "
         "before you trust what packing does",

@@ -61,8 +61,8 @@ def _moves(numbers: tuple[int, ...], rng) -> list[tuple[int, str, int, int]]:
 
 
 def countdown(rng: random.Random, near: bool, words: bool, steps: int) -> Problem | None:
-    """Join all numbers to reach a target, depth first, with a retreat where it fails. None where the search is far from
-    `steps`."""
+    """Join all numbers to reach a target, depth first, with a retreat where it fails. None where it takes far more than
+    `steps` lines."""
     say = in_words if words else str
     numbers = tuple(rng.randint(2, 25) for _ in range(rng.choice((3, 4))))
     target, left = 0, numbers
@@ -138,7 +138,7 @@ _places = (
 
 
 def graph(rng: random.Random, near: bool, words: bool, steps: int) -> Problem | None:
-    "Find a way between two places, depth first. None where there is none, or the search is far from `steps`."
+    "Find a way between two places, depth first. None where there is none, or it takes far more than `steps` lines."
     places = rng.sample(_places, rng.randint(5, 12))
     roads: dict[str, list[str]] = {p: [] for p in places}
     for p in places: roads[p] = rng.sample([x for x in places if x != p], rng.randint(1, 3))
@@ -207,8 +207,8 @@ def _drawn_grid(rng) -> list[list[int]]:
 
 
 def sudoku(rng: random.Random, near: bool, words: bool, steps: int) -> Problem | None:
-    """Fill a four by four grid, cell by cell, with a retreat where nothing fits. None where the search is far from
-    `steps`."""
+    """Fill a four by four grid, cell by cell, with a retreat where nothing fits. None where it takes far more than
+    `steps` lines."""
     say = (lambda n: in_words(n) if n else "blank") if words else (lambda n: str(n) if n else "blank")
     grid, blanks = _drawn_grid(rng), rng.randint(min(4 + steps // 6, 8), min(12, max(6, steps)))
     for r, c in rng.sample([(r, c) for r in range(4) for c in range(4)], blanks): grid[r][c] = 0
