@@ -65,7 +65,7 @@ def ranked(
 def front(
     points: dict[str, tuple[float, float]],  # name -> (recall, tasks)
 ) -> list[str]:
-    "Those than which no other is better in one and at least as good in the other."
+    "Those that no other beats: it would be better in one number and at least as good in the other."
 
     def beaten(x, y) -> bool:
         return y[0] >= x[0] and y[1] >= x[1] and y != x
