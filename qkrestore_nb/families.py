@@ -478,7 +478,7 @@ class Selection:
     rows: str | Iterable[Sequence[int]] | None = (
         None  # with tensors: rows such as 0:48,64:80, or letters of a matrix that holds Q, K and V, as in qk
     )
-    include: str = ""  # norms, bias, or norms,bias: what else of the projections goes back
+    include: str = ""  # norms, bias, or norms,bias: what else of the projections is restored
     mla: str | None = None  # q_only or with_latent, for families in which K and V share a latent
     tensors: str | None = None  # a regular expression: the tensors by hand
 
@@ -977,7 +977,7 @@ def disagreement(
     known: bool = True,  # False: tensors are named by hand, with layer numbers, so that nothing is asked of the table
     allow: str = "",  # fields that may differ, with commas
 ) -> str | None:
-    "The first reason why Q and K of one model are not at home in the other, as a sentence; None if there is none."
+    "The first reason why Q and K of one model do not fit the other, as a sentence; None if there is none."
     x, y = text_config(pre), text_config(post)
     a, b = (family_of(c) if known else known_family(c) for c in (pre, post))
     if a is not b or a is None and x.get("model_type") != y.get("model_type"):

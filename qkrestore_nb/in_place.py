@@ -170,7 +170,7 @@ def read_journal(
 def undo(
     folder: str | Path,  # a checkpoint that was restored in place, or in which that was cut off
 ) -> int:
-    """Put the old bytes back, exactly. Returns how many. Raises CheckpointError where there is no journal, or the files
+    """Restore the old bytes, exactly. Returns how many. Raises CheckpointError where there is no journal, or the files
     are not those of the time."""
     folder = Path(folder)
     pairs, note = read_journal(folder)

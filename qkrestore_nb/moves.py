@@ -128,7 +128,7 @@ def _strange(tensors: dict) -> str | None:
 def open_side(
     x,  # a model, a state dict, a folder or a hub id
     which: str = "post",  # pre or post, for messages
-    selection: Selection = QK,  # for what; experts' tensors are not read where it cannot name them
+    selection: Selection = QK,  # what shall move; experts' tensors are not read where it cannot name them
     config=None,  # of a state dict
     token: str | None = None,  # of the hub
     name: str = "",  # how to call it, where it was fetched already
@@ -140,7 +140,7 @@ def open_side(
         unchanged = watch(folder)
         raw = read_config(folder)
         if selection.tensors is None:
-            family_of(raw)  # unknown families are told before files are opened
+            family_of(raw)  # unknown families are refused before files are opened
         keep = (
             None if selection.tensors else lambda name: ".experts." not in name
         )  # of some models 100,000 tensors are experts

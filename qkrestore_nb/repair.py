@@ -65,7 +65,7 @@ def ranked(
 def front(
     points: dict[str, tuple[float, float]],  # name -> (recall, tasks)
 ) -> list[str]:
-    "Those than which no other is better in one and at least as good in the other."
+    "Those that no other beats: it would be better in one number and at least as good in the other."
 
     def beaten(x, y) -> bool:
         return y[0] >= x[0] and y[1] >= x[1] and y != x
@@ -123,7 +123,7 @@ class Probe:
     max_new_tokens: int  # of the answer to a task
 
     def ask(self, model, r: int = 0, rounds: int = 1, tokenizer=None) -> Answers:
-        "The answers to one round's questions; `tokenizer` where the model does not know all words of the other."
+        "The answers to one round's questions; give `tokenizer` where the model lacks tokens of the probe's own."
         from qkrestore_nb.audit import solve
         from qkrestore_nb.scale import right_in_prose
 
@@ -184,7 +184,7 @@ def _unwarned() -> Iterator[None]:
 
 
 class Bench:
-    "One model in memory, which wears the weights of every candidate in turn."
+    "One model in memory, which takes the weights of every candidate in turn."
 
     def __init__(
         self,
