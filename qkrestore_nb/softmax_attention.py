@@ -11,7 +11,6 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 # %% ../nbs/01_softmax_attention.ipynb #30d6e162
 def causal_mask(
@@ -146,7 +145,10 @@ def fused_attention(
     # is_causal aligns queries with the first keys, ours are the last ones: only a square leaves no doubt
     square = mask is None and T_q == T_k
     if mask is None and not square and T_q > 1:  # one query sees every key and needs no mask
-        mask = causal_lower_right(T_q, T_k) if q.is_cuda else causal_mask(T_q, T_k, q.device)
+        if q.is_cuda:
+            from torch.nn.attention.bias import causal_lower_right  # here, because it takes two seconds to import
+            mask = causal_lower_right(T_q, T_k)
+        else: mask = causal_mask(T_q, T_k, q.device)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=square, scale=scale,
                                           enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
