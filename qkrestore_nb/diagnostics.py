@@ -317,7 +317,7 @@ class GradientRange:
         samples: int = 1000,        # of the bootstrap over sequences
         seed: int = 0,
     ) -> dict:
-        """What needs no model: mean and median distance of the gradient, its share beyond 128 tokens. Then W_grad by
+        """Without a form of the curve: mean and median distance of the gradient, its share beyond 128. Then W_grad by
         log-linear fit to g(tau) on 16 log-spaced bins, with R^2 of it and of a power law, and whether the curve is
         `exponential`: a fit of R^2 .9 or more, better than the power law's. Else W_grad is no length of this curve.
         Figures are (value, low, high), 95%; nan for a single sequence."""

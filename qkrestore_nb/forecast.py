@@ -157,8 +157,8 @@ def outcomes(
     length: int = 16384,  # tokens
     count: str = "exact",
 ) -> dict[str, dict[str, float]]:
-    """Kind -> damage and contrast (Q,K minus V,O) in points, mean over its seeds; a kind of five seeds before the ten
-    of the first folder."""
+    """Kind -> damage and contrast (Q,K minus V,O) in points, mean over its seeds. A kind in both folders counts with
+    the seeds in switches/."""
     from qkrestore_nb.switches import effects
     kinds = lambda f: {p.name.split("-")[1] for p in Path(f).glob("hypenet7m-*-seed*.json")}
     where = {

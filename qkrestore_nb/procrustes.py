@@ -54,7 +54,7 @@ def _spectrum(k, lam, name):
 def solve_queries(
     q_pre: torch.Tensor,  # (H D, d_model) W_Q before SFT
     q_post: torch.Tensor,  # and after
-    k: torch.Tensor,  # (n_kv D, d_model) W_K before SFT, which goes back as it is
+    k: torch.Tensor,  # (n_kv D, d_model) W_K before SFT, which is restored as it is
     n_kv: int,  # key heads
     lam: float = 1e-2,  # ridge, in mean eigenvalues of the matrix it is added to; inf leaves q_post
     space: str = "input",  # input: of the formula as it stands; head: with W transposed, for each key head
