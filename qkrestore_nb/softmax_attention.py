@@ -94,7 +94,7 @@ def log_scale(
     positions: torch.Tensor,  # (..., T) 0-based token positions
     a: float,                 # about the length up to which nothing changes; HypeNet: 500 to 900
 ) -> torch.Tensor:
-    "s_t = ln(t + a) / ln(int(a)), float32, int as in HypeNet's code, which multiplies its queries by it (arXiv 2601.22156)."
+    "s_t = ln(t + a) / ln(int(a)), float32, as HypeNet's code scales its queries (arXiv 2601.22156)."
     return torch.log(positions.float() + a) / math.log(int(a))
 
 # %% ../nbs/01_softmax_attention.ipynb #47179537
