@@ -25,7 +25,7 @@ SMALLER = {  # notebook -> what a cell says, once -> what it says here
                      "test = reasoning_test(task, 8, 16, seed=2)": "test = reasoning_test(task, 8, 4, seed=2)",
                      "steps, chain, count=6)": "steps, chain, count=2)"},
     "07c_monitor": {'recall_test("MF", 2, 2048, 16)': 'recall_test("MF", 1, 512, 16)',
-                    "rows=16, chain": "rows=2, chain", "        36,\n": "        12,\n"},
+                    "rows=16)": "rows=2)", "        24,\n": "        12,\n"},
     "11e_repair": {"    for i in range(16):\n": "    for i in range(8):\n", "haystacks=4, room": "haystacks=2, room"},
     "13b_audit": {"(512, 2048), 8, folder": "(256,), 4, folder",
                   "    for i in range(32):\n": "    for i in range(8):\n"},
