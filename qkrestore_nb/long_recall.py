@@ -134,7 +134,7 @@ class Stage:
     T: int        # tokens a row
     steps: int
     lr: float
-    tokens_s: int = 150_000  # expected, of one H100
+    tokens_s: int = 150_000  # expected, of one H200
 
 
 @dataclass(frozen=True)
@@ -476,8 +476,8 @@ def distance_row(
     prose: Prose,
     T: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A row whose end needs its beginning: needles in prose (half of the rows), lines of records (a quarter), prose
-    alone: ids and weights (T,)."""
+    """A row whose end needs its beginning: needles in prose (half of the rows), a block of records (three of ten), prose
+    alone (a fifth): ids and weights (T,)."""
     draw = rng.random()
     if draw < .2:
         a = rng.randrange(max(1, len(prose.ids) - T))
