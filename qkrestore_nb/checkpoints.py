@@ -777,7 +777,6 @@ def _copy_all(
                 progress(n)
 
     def copy(pair: tuple[str, str]) -> None:
-        told(0)
         copy_file(pair[0], pair[1], told)
         if sync and os.stat(pair[1]).st_size > 1 << 24:
             to_disk(Path(pair[1]))

@@ -563,15 +563,18 @@ def test_after_an_error_no_other_file_is_copied(tmp_path, monkeypatch):
     "The copies that run are ended between two pieces, the others are not begun, and the error is the first one."
     (tmp_path / "post").mkdir()
     for i in range(12): (tmp_path / "post" / f"{i:02}.bin").write_bytes(bytes(1000))
-    begun, real = [], checkpoints.copy_file
+    begun, ended, real = [], [], checkpoints.copy_file
     def copy(a, b, told):
         begun.append(a)
-        if len(begun) == 1: raise OSError(errno.ENOSPC, "No space left on device")
-        while True: told(1)  # a large file: ends only when it is told to
+        if a == begun[0]:
+            while len(begun) < 2: time.sleep(.001)  # another one runs
+            raise OSError(errno.ENOSPC, "No space left on device")
+        for _ in range(300_000): told(1)  # a large file, which is ended before all of it is copied
+        ended.append(a)
     monkeypatch.setattr(checkpoints, "copy_file", copy)
     with pytest.raises(CheckpointError, match="could not be copied.*No space left"):
         with new_folder(tmp_path / "post", tmp_path / "out"): pass
-    assert len(begun) <= 5 and os.listdir(tmp_path) == ["post"]
+    assert len(begun) <= 5 and not ended and os.listdir(tmp_path) == ["post"]
     monkeypatch.setattr(checkpoints, "copy_file", real)
     with new_folder(tmp_path / "post", tmp_path / "out"): pass
     assert len(os.listdir(tmp_path / "out")) == 12
