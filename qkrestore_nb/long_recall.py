@@ -476,8 +476,8 @@ def distance_row(
     prose: Prose,
     T: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A row whose end needs its beginning: needles in prose (half of the rows), a block of records (three of ten), prose
-    alone (a fifth): ids and weights (T,)."""
+    """A row whose end needs its beginning: needles in prose (half of the rows), a block of records (three of ten),
+    prose alone (a fifth): ids and weights (T,)."""
     draw = rng.random()
     if draw < .2:
         a = rng.randrange(max(1, len(prose.ids) - T))

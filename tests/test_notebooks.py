@@ -23,7 +23,7 @@ SMALLER = {  # notebook -> what a cell says, once -> what it says here
     "05_reasoning": {'recall_test("MF", 1, 448, 6, seed=6)': 'recall_test("MF", 1, 160, 6, seed=6)',
                      '(post, "MADH", (8,), "near", 1)': '(post, "MH", (4,), "near", 1)',
                      "test = reasoning_test(task, 8, 16, seed=2)": "test = reasoning_test(task, 8, 4, seed=2)",
-                     "steps, chain, count=6)": "steps, chain, count=2)"},
+                     "steps, chain, count=6, rules": "steps, chain, count=2, rules"},
     "07c_monitor": {'recall_test("MF", 2, 2048, 16)': 'recall_test("MF", 1, 512, 16)',
                     "rows=16)": "rows=2)", "        24,\n": "        12,\n"},
     "11e_repair": {"    for i in range(16):\n": "    for i in range(8):\n", "haystacks=4, room": "haystacks=2, room"},
