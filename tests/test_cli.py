@@ -1,8 +1,10 @@
 "The command line: what it prints, and that errors are one sentence with exit code 2."
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import snapshot, write_checkpoint
@@ -263,3 +265,22 @@ def test_needs_of_a_family_that_lists_its_layers(tmp_path, capsys):
     capsys.readouterr()
     said = answer(capsys, "needs", tmp_path / "published", "--tokens", "1024")
     assert said["training_gb"]["1"] > said["total_gb"] > 0
+
+
+def unlisted(page: str) -> list[str]:
+    "Options that the list of chapter 14 does not name, as COMMAND --option."
+    import typer
+
+    from qkrestore_nb.cli import app
+    found = []
+    for name, command in typer.main.get_command(app).commands.items():
+        text = page.partition(f"\nqkrestore {name} ")[2].partition("\nqkrestore ")[0]
+        words = set(re.findall(r"--[a-z-]+", text))
+        found += [f"{name} {o}" for p in command.params for o in p.opts if o.startswith("--") and o != "--help" and o not in words]
+    return found
+
+
+def test_chapter_14_lists_every_option():
+    page = next("".join(c["source"]) for c in json.loads((Path(__file__).parent.parent / "nbs" / "14_cli.ipynb").read_text())["cells"] if c["id"] == "3dcb2c59")
+    assert unlisted(page) == []
+    assert unlisted(page.replace("[--cast] [--allow FIELD]\n                                   [--dry-run]", "")) == ["restore --cast", "restore --allow", "restore --dry-run"]
