@@ -15,7 +15,7 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 KNOWN = {"default_exp", "export", "hide", "slow", "gpu", "eval", "echo", "code-fold", "fig-alt"}
 CAPTION = "**Figure.** "  # begins the cell below a figure
-EVERYDAY = {"lines", "control", "order", "document", "seed", "pre", "post", "front"}  # glossary words, and ordinary ones
+EVERYDAY = {"lines", "control", "order", "document", "seed", "pre", "post", "front"}  # ordinary words, too
 OPEN, HELPER = 25, 6  # lines of an exported source that stay open: of what a chapter teaches, of what is private
 FENCE = re.compile(r"(^```.*?^```[^\n]*$)", flags=re.M | re.S)
 CODE = r"(?<!`)`[^`\n]+`(?!`)"
