@@ -324,17 +324,20 @@ def problems(
     among: tuple[str, ...] = tuple(kinds),
 ) -> Iterator[Problem]:
     """Problems without end, as many of each kind, half of them with their numbers in words. The limits of their sizes
-    are spread evenly in the logarithm, so that short ones are learned, too."""
+    are spread evenly in the logarithm, so that short ones are learned, too. Raises ValueError for a kind whose searches
+    are all longer than `most`."""
     rng, least = random.Random(f"{seed}"), least or (60 if near else 40)
     while True:
         kind, words = rng.choice(among), rng.random() < .5
         limit = least * (most / least) ** rng.random()
         low, made = max(least, limit / 3), None
         while made is None:
-            for _ in range(20):
+            for _ in range(200 if limit == most else 20):
                 p = kinds[kind][0](rng, near, words, int(limit / (30 if near else 15)))
                 if p and low <= len(p.prompt.split()) + len(p.completion.split()) <= limit:
                     made = p
                     break
-            low, limit = least, min(most, 1.3 * limit)  # no search of this kind is of that size
+            else:
+                if low == least and limit == most: raise ValueError(f"no {kind} of {least} to {most} words was found")
+                low, limit = least, min(most, 1.3 * limit)  # no search of this kind is of that size
         yield made
