@@ -65,7 +65,7 @@ def main() -> None:
     try:
         shape = dict(hidden=D_MODEL, layers=LAYERS, softmax=range(3, LAYERS, 4), shards=8, q=H * D, k=N_KV * D)
         heads = dict(num_attention_heads=H, num_key_value_heads=N_KV, head_dim=D)
-        write_pair(root, args.gb, args.in_place, **shape, **heads)
+        write_pair(root, args.gb, ("pre", "post") if args.in_place else (), **shape, **heads)
         load = [os.getloadavg()[0]]
         took = interleaved(ways, args.runs, out)
         load.append(os.getloadavg()[0])

@@ -21,9 +21,9 @@ from pathlib import Path
 LAYERS, SOFTMAX, SHARDS = 24, (3, 7, 11, 15, 19, 23), 4
 
 
-def write_pair(root: Path, gb: float, holes: bool = False, hidden=1024, layers=LAYERS, softmax=SOFTMAX, shards=SHARDS, q=0, k=0, **more) -> None:
+def write_pair(root: Path, gb: float, holes: tuple = (), hidden=1024, layers=LAYERS, softmax=SOFTMAX, shards=SHARDS, q=0, k=0, **more) -> None:
     """Two checkpoints of `gb` GB: Q and K of q and k rows (default: as large a part as in a small hybrid), and MLP. They carry HypeNet's code,
-    which mergekit wants to see."""
+    which mergekit wants to see. Of those named in `holes` only Q and K are on the disk: nobody reads the rest."""
     import numpy as np
 
     from qkrestore_nb.hypenet import HypeNetConfig
@@ -43,7 +43,7 @@ def write_pair(root: Path, gb: float, holes: bool = False, hidden=1024, layers=L
                 for part, rows in (("self_attn.q_proj", q), ("self_attn.k_proj", k), ("mlp.up_proj", per_layer - q - k)):
                     size, tensor = 2 * rows * hidden, f"model.layers.{i}.{part}.weight"
                     header[tensor] = dict(dtype="BF16", shape=[rows, hidden], data_offsets=[at, at + size])
-                    parts.append((at, size, holes and not (i in softmax and "attn" in part)))
+                    parts.append((at, size, name in holes and not (i in softmax and "attn" in part)))
                     at, where[tensor] = at + size, file
             text = json.dumps(header).encode()
             with open(root / name / file, "wb") as f:
@@ -111,6 +111,7 @@ def main():
     p.add_argument("--dir", type=Path, default=Path("."), help="where to put the files: the disk that is measured")
     p.add_argument("--mergekit", help="a mergekit-yaml of another environment; without it that way is left out")
     p.add_argument("--without-loading", action="store_true"), p.add_argument("--in-place", action="store_true")
+    p.add_argument("--thin-pre", action="store_true", help="of pre only Q and K are on the disk, for checkpoints of which three would not fit")
     args = p.parse_args()
     root, py = Path(tempfile.mkdtemp(prefix="restore-files-", dir=args.dir)).absolute(), sys.executable
     pre, post, out = root / "pre", root / "post", root / "out"
@@ -134,7 +135,8 @@ def main():
         ways["mergekit-yaml"] = lambda: run(root, args.mergekit, root / "recipe.yaml", out, *more, own_path=False)
     if args.in_place: ways = {n: way for n, way in ways.items() if "in-place" in n or "inspect" in n or "version" in n}
     try:
-        write_pair(root, args.gb, args.in_place)
+        holes = ("pre", "post") if args.in_place else ("pre",) if args.thin_pre else ()
+        write_pair(root, args.gb, holes)
         from qkrestore_nb.hub import mergekit_yaml
         from qkrestore_nb.inspection import inspect_checkpoint
         seen = inspect_checkpoint(post)
@@ -145,7 +147,7 @@ def main():
     finally: shutil.rmtree(root, ignore_errors=True)
     median = {n: statistics.median(s for s, _ in t) for n, t in took.items()}
     from qkrestore_nb.core import provenance
-    result = provenance(0, gb=args.gb, shards=SHARDS, runs=args.runs, holes=args.in_place, share=seen["moved_bytes"] / seen["bytes"], bytes=seen["bytes"], moved_bytes=seen["moved_bytes"],
+    result = provenance(0, gb=args.gb, shards=SHARDS, runs=args.runs, holes=holes, share=seen["moved_bytes"] / seen["bytes"], bytes=seen["bytes"], moved_bytes=seen["moved_bytes"],
                         file_system=subprocess.run(["stat", "-f", "-c", "%T", str(args.dir)], capture_output=True, text=True).stdout.strip())
     result["load_before_and_after"] = load
     beside = {key: median[cp] for key, cp in (("x_cp", "cp -r"), ("x_cp_fsync", "cp -r, fsync")) if cp in median}
