@@ -700,8 +700,10 @@ def _haystacks(job):
     folder, c, seed, n = job
     from transformers import AutoTokenizer
     tokenizer, rng = AutoTokenizer.from_pretrained(folder), random.Random(f"{seed} {c.kind} {c.T}")
-    if c.kind == "own": return [own_row(tokenizer, load_prose(folder.parent), rng, c.T, c.questions) for _ in range(n)]
-    room = max(64, 70 * (c.questions - 1) + 64)
+    if c.kind == "own":
+        prose = load_prose(folder.parent)
+        return [own_row(tokenizer, prose, rng, c.T, c.questions) for _ in range(n)]
+    room = 70 * (c.questions - 1) + 64
     return [asked_row(tokenizer, hay, rng) for hay in prose_test(c.kind, tokenizer, c.T, n, c.questions, seed, room)]
 
 # %% ../nbs/12b_long_recall.ipynb #56a1d9e4

@@ -9,6 +9,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 # %% ../nbs/12a_traces.ipynb #71374449
 @dataclass(frozen=True)
@@ -316,6 +317,12 @@ def right(
     return bool(found) and kinds[problem.kind][1](problem, found[-1].strip())
 
 
+def _of_size(make: Callable, least: float, most: float, tries: int) -> Problem | None:
+    "The first problem that has so many words, of so many tries."
+    made = (make() for _ in range(tries))
+    return next((p for p in made if p and least <= len(p.prompt.split()) + len(p.completion.split()) <= most), None)
+
+
 def problems(
     seed,                    # anything that seeds random.Random
     near: bool = True,  # every step restates what it needs; False: it looks back to the question and to earlier steps
@@ -330,14 +337,10 @@ def problems(
     while True:
         kind, words = rng.choice(among), rng.random() < .5
         limit = least * (most / least) ** rng.random()
-        low, made = max(least, limit / 3), None
-        while made is None:
-            for _ in range(200 if limit == most else 20):
-                p = kinds[kind][0](rng, near, words, int(limit / (30 if near else 15)))
-                if p and low <= len(p.prompt.split()) + len(p.completion.split()) <= limit:
-                    made = p
-                    break
-            else:
-                if low == least and limit == most: raise ValueError(f"no {kind} of {least} to {most} words was found")
-                low, limit = least, min(most, 1.3 * limit)  # no search of this kind is of that size
+        low = max(least, limit / 3)
+        while True:
+            make = partial(kinds[kind][0], rng, near, words, int(limit / (30 if near else 15)))
+            if made := _of_size(make, low, limit, 200 if limit == most else 20): break
+            if low == least and limit == most: raise ValueError(f"no {kind} of {least} to {most} words was found")
+            low, limit = least, min(most, 1.3 * limit)  # no search of this kind is of that size
         yield made
