@@ -541,7 +541,7 @@ def repair(
     haystacks: int = 16,  # of each kind and length to choose on; as many fresh ones to report on
     keep: float = 0.98,  # share of post's tasks that must stay right
     room: int = 512,  # tokens that the answer to a task may have
-    layers: str | Sequence[int] = "softmax",  # of which Q and K go back, as in `qk_restore`
+    layers: str | Sequence[int] = "softmax",  # of which Q and K are restored, as in `qk_restore`
     mla: str | None = None,  # as in `qk_restore`
     cast: bool = False,  # where pre's dtype differs, round to post's
     allow: str = "",  # fields of the configs that may differ, with commas

@@ -359,7 +359,7 @@ def qk_restore(
     rows: str
     | Iterable[Sequence[int]]
     | None = None,  # with tensors: rows such as 0:48, or letters as in qk where Q, K and V stand in one matrix
-    include: str = "",  # norms, bias, or norms,bias: what else goes back. The paper's words: nothing
+    include: str = "",  # norms, bias, or norms,bias: what else is restored. The paper's words: nothing
     mla: str | None = None,  # q_only or with_latent, for families in which K and V share a latent
     tensors: str | None = None,  # a regular expression: the tensors by hand, for families that are not known
     strength: float = 1.0,  # 1: pre's Q and K, 0: post's, between: a mixture

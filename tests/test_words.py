@@ -15,6 +15,7 @@ BANNED = {
     r"put(?:s|ting)?(?: \w+)? back": "restore",
     r"(?:bring|brought)s?(?: \w+)? back": "recover",
     r"going back|goes? back to": "restore, is restored",
+    r"(?:Q and K|weights|what else)(?: can)? go(?:es)? back": "are restored",
     r"(?:of|from) (?:before|after)(?= (?:fine-tuning )?(?:and|in|with)|[.,;:)])": "pre-SFT, post-SFT; of pre, of post",
     r"a row each": "unpacked, one example per sequence",
     r"(?:packed|problems|chains) end to end": "packed without document borders",
